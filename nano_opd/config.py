@@ -1,0 +1,199 @@
+"""Every knob of train.py, once: its default, its help with the paper's symbol, its range, the methods that read it.
+
+The command line is made from this dataclass, and the dataclass that ran is the config.json beside the results.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nano_opd import arithmetic, divergences
+from nano_opd.gpt import GPTConfig
+from nano_opd.tokenizer import VOCAB_SIZE
+
+METHODS = ("sft", "gkd", "opd", "opdplus")
+SAMPLED = ("opd", "opdplus")
+
+
+def knob(default, help, *, choices=None, low=None, high=None, methods=METHODS):
+    """A dataclass field with what the command line and the checks need; a bound is inclusive."""
+    meta = {"help": help, "choices": choices, "low": low, "high": high, "methods": methods}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    method: str = knob("opdplus", "what is A_t?", choices=METHODS)
+    divergence: str = knob(
+        "jsd",
+        "generator f of D_f(q‖p): " + ", ".join(divergences.DIVERGENCES) + ", alpha=<float>",
+        methods=("gkd", *SAMPLED),
+    )
+    gamma: float = knob(0.0, "γ, discount of the rewards still to come", low=0.0, high=1.0, methods=SAMPLED)
+    variance: str = knob(
+        "baseline",
+        "sampled token; minus its exact mean over the vocabulary; or the full vocabulary",
+        choices=("sampled", "baseline", "full"),
+        methods=SAMPLED,
+    )
+    normalize: str = knob(
+        "batch",
+        "divisor of the loss; token_mean and sequence_mean are biased",
+        choices=("batch", "token_mean", "sequence_mean"),
+        methods=SAMPLED,
+    )
+    log_u_clip: float = knob(0.0, "clip log u to ± this many nats (biased); 0 is off", low=0.0, methods=SAMPLED)
+
+    task: str = knob("add", "arithmetic task", choices=tuple(arithmetic.TASK_NAMES))
+    digits: int = knob(3, "digits of each operand", low=1, high=arithmetic.MAX_DIGITS)
+    seed: int = knob(0, "seed of every random stream", low=0)
+
+    steps: int = knob(400, "updates of the student", low=1)
+    batch_size: int = knob(128, "B, rollouts per update", low=1)
+    lr: float = knob(5e-3, "AdamW learning rate, decayed linearly to 0", low=0.0)
+    grad_clip: float = knob(0.0, "largest gradient norm; 0 is off", low=0.0)
+    eval_every: int = knob(50, "updates between evaluations and checkpoints", low=1)
+    eval_size: int = knob(500, "held-out problems per evaluation (four times as many at the end)", low=1)
+
+    teacher_layers: int = knob(3, "teacher: transformer blocks", low=1)
+    teacher_width: int = knob(96, "teacher: channels", low=8)
+    teacher_steps: int = knob(400, "teacher: supervised updates", low=0)
+    student_layers: int = knob(2, "student: transformer blocks", low=1)
+    student_width: int = knob(64, "student: channels", low=8)
+    student_steps: int = knob(80, "student: supervised updates of its warm start", low=0)
+    heads: int = knob(4, "attention heads of both", low=1)
+    sft_batch_size: int = knob(64, "worked solutions per supervised update of the warm starts", low=1)
+    sft_lr: float = knob(1e-2, "learning rate of the warm starts, decayed linearly to 0", low=0.0)
+
+    device: str = knob("auto", "auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:<n> or mps")
+    out_dir: str = knob("out", "folder of all runs and of the cached warm starts")
+    resume: bool = knob(False, "continue this run from its last checkpoint")
+
+    def __post_init__(self):
+        """Raises ValueError, one sentence naming the flag, the value and what is allowed."""
+        for field in dataclasses.fields(self):
+            value, choices, low, high = (
+                getattr(self, field.name),
+                *(field.metadata[k] for k in ("choices", "low", "high")),
+            )
+            if choices and value not in choices:
+                raise ValueError(f"{_flag(field.name)} {value}: choose from {', '.join(choices)}")
+            if low is not None and not (low <= value <= high if high is not None else low <= value < float("inf")):
+                allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
+                raise ValueError(f"{_flag(field.name)} {value}: must be {allowed}")
+        divergences.get(self.divergence)
+        if self.variance == "full" and self.method in SAMPLED:
+            if self.gamma > 0:
+                raise ValueError(
+                    f"--gamma {self.gamma} sums a sampled return, so --variance must be sampled or baseline"
+                )
+            if self.normalize != "batch" or self.log_u_clip > 0:
+                raise ValueError("--normalize and --log-u-clip have no meaning with --variance full: leave them out")
+        for who in ("teacher", "student"):
+            try:
+                self.gpt(who)
+            except ValueError as error:
+                raise ValueError(f"--{who}-width {getattr(self, f'{who}_width')}: {error}") from None
+
+    @property
+    def response_cap(self) -> int:
+        """R: a worked solution and a little room, so that a lost EOS shows as length and truncation."""
+        return arithmetic.solution_length(self.digits) + 5
+
+    def gpt(self, who: str) -> GPTConfig:
+        """Sizes of the "teacher" or the "student"."""
+        layers, width = getattr(self, f"{who}_layers"), getattr(self, f"{who}_width")
+        block_size = arithmetic.prompt_length(self.digits) + self.response_cap
+        return GPTConfig(VOCAB_SIZE, block_size, layers, self.heads, width)
+
+    def warm_start_key(self, who: str) -> dict:
+        """Everything that determines the weights of a warm start: two equal keys are one cached file."""
+        shared = ("task", "digits", "seed", "sft_batch_size", "sft_lr")
+        return {"who": who, "gpt": dataclasses.asdict(self.gpt(who)), "steps": getattr(self, f"{who}_steps")} | {
+            name: getattr(self, name) for name in shared
+        }
+
+    def run_key(self) -> dict:
+        """Everything that determines a run."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out_dir", "resume")}
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's own folder: its method and what is read by it, task and seed."""
+        parts = [self.method]
+        if self.method in ("gkd", *SAMPLED):
+            parts.append(self.divergence)
+        if self.method in SAMPLED:
+            parts.append(self.variance + (f"-gamma{self.gamma:g}" if self.gamma else ""))
+        return Path(self.out_dir) / "-".join([*parts, f"{self.task}{self.digits}", f"seed{self.seed}"])
+
+    def warm_start_path(self, who: str) -> Path:
+        """Where the warm start with exactly this key is cached."""
+        digest = hashlib.sha256(json.dumps(self.warm_start_key(who), sort_keys=True).encode()).hexdigest()[:12]
+        return Path(self.out_dir) / "warm_starts" / f"{who}-{self.task}{self.digits}-seed{self.seed}-{digest}.pt"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"train.py: {message}\n")  # the one sentence, without the page of usage
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """The configuration of a command line. Bad input ends the program: one sentence on stderr, exit code 2."""
+    parser = _Parser(
+        prog="train.py",
+        description="On-policy distillation of a small GPT on arithmetic.",
+        argument_default=argparse.SUPPRESS,  # so that what was typed can be told from what was not
+        allow_abbrev=False,
+    )
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    for name, field in fields.items():
+        kind = {"action": "store_true"} if field.type is bool else {"type": field.type, "metavar": field.type.__name__}
+        if field.metadata["choices"]:
+            kind = {"choices": field.metadata["choices"]}
+        only = "" if field.metadata["methods"] == METHODS else f" [{', '.join(field.metadata['methods'])}]"
+        default = "" if field.type is bool else f" (default: {field.default})"
+        parser.add_argument(_flag(name), help=field.metadata["help"].replace("%", "%%") + only + default, **kind)
+    typed = vars(parser.parse_args(arguments))
+    try:
+        config = Config(**typed)
+    except ValueError as error:
+        parser.error(str(error))
+    for name in typed:
+        if config.method not in fields[name].metadata["methods"]:
+            readers = ", ".join(fields[name].metadata["methods"])
+            parser.error(
+                f"{_flag(name)} {typed[name]} means nothing with --method {config.method}: it is read by {readers}"
+            )
+    try:
+        resolve_device(config.device)
+    except ValueError as error:
+        parser.error(str(error))
+    return config
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`, once it is really there; "auto" is a CUDA GPU or else the CPU. Raises ValueError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[
+            device.type
+        ]
+    except (RuntimeError, KeyError):
+        raise ValueError(f"--device {name}: choose from auto, cpu, cuda, cuda:<n>, mps") from None
+    if (device.index or 0) >= there:
+        raise ValueError(f"--device {name}: this machine has no such device; --device auto takes what is there")
+    return device

@@ -1,0 +1,38 @@
+"""GKD: the divergence over the whole vocabulary at every sampled prefix; what remains to be sampled is the prefix.
+
+    loss = (1/B) Σ_b Σ_n Σ_v p_θ(v|s_n) f( q(v|s_n) / p_θ(v|s_n) )  =  (1/B) Σ_b Σ_n D_f(q ‖ p_θ)(s_n)
+
+Source: GKD, arXiv 2306.13649, §3. What differs from the paper: any f-divergence, and student samples only.
+
+Its gradient Σ_v ∇p_v (f − u f′)(u_v) is the mean of OPD+'s at γ = 0 over the action y_n, so it carries no action
+variance. With `stop_gradient` it is the mean of OPD's instead: that estimator's bias, without its noise.
+"""
+
+import torch
+from torch import Tensor
+
+from nano_opd.divergences import Divergence
+from nano_opd.policy_gradient import require_same_shape
+
+
+def loss(
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, divergence: Divergence, stop_gradient: bool = False
+) -> Tensor:
+    """Mean over the B responses of the summed per-prefix divergence, a scalar in nats.
+
+    student_logits  (B, R, V), differentiable
+    teacher_logits  (B, R, V)
+    mask            (B, R) bool
+    stop_gradient   treat f(u) as a constant, as OPD does
+
+    Raises ValueError when the shapes do not agree.
+    """
+    require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    require_same_shape(student_logits=student_logits[..., 0], mask=mask)
+    student_logp = student_logits.log_softmax(-1)
+    teacher_logp = teacher_logits.detach().log_softmax(-1)  # drops nothing: the teacher is not trained
+    log_u = torch.where(mask.unsqueeze(-1), teacher_logp - student_logp, 0.0)  # f(1) = 0; masked before the exp in f
+    f = divergence.f(log_u)  # (B, R, V)
+    if stop_gradient:
+        f = f.detach()  # drops p ∇f(u) = −u f′(u) ∇p: the whole difference between OPD and OPD+
+    return (student_logp.exp() * f).sum() / len(mask)

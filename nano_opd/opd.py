@@ -1,0 +1,50 @@
+"""OPD, on-policy distillation with a stop-gradient: what is A_n?
+
+The student p_θ samples y, the teacher q scores each sampled token, u_n = q(y_n|s_n) / p_θ(y_n|s_n), and −f(u_n) is
+taken for a reward, as if u_n did not depend on θ:
+
+    A_n  =  −f(u_n)  +  Σ_{m>n} γ^{m−n} (−f(u_m))          gradient estimate  Σ_n A_n ∇log p_θ(y_n|s_n)
+
+Sources: GKD, arXiv 2306.13649; Lu & Thinking Machines Lab, "On-Policy Distillation", 2025.
+
+What this drops: differentiating E_p[f(u)] gives −f(u) ∇log p and also u f′(u) ∇log p. For reverse KL the second has
+mean E[−∇log p] = 0. For every other f it is a bias, and not even one that the divergence determines: f and f + c(u−1)
+are the same divergence, with two different −f.
+"""
+
+import torch
+from torch import Tensor
+
+from nano_opd.divergences import Divergence
+from nano_opd.policy_gradient import future_return, require_same_shape
+
+
+def advantage(
+    log_u: Tensor, mask: Tensor, divergence: Divergence, gamma: float = 0.0, baseline: Tensor | None = None
+) -> Tensor:
+    """A_n of each sampled token, (B, R), detached, 0 where mask is False.
+
+    log_u     (B, R) teacher_logp − student_logp at the sampled tokens, nats
+    mask      (B, R) bool
+    gamma     discount γ ∈ [0, 1] of the rewards still to come; ValueError outside
+    baseline  (B, R) or None: any function of the prefix s_n, subtracted
+    """
+    require_same_shape(log_u=log_u, mask=mask)
+    log_u = torch.where(mask, log_u, 0.0).detach()  # drops ∇u: the term u f′(u) ∇log p is lost
+    reward = divergence.stop_gradient(log_u)  # f(1) = 0: nothing behind the EOS
+    own = reward
+    A = own + future_return(reward, gamma)
+    if baseline is not None:
+        require_same_shape(log_u=log_u, baseline=baseline)
+        A = A - baseline.detach()  # drops nothing: E[b(s_n) ∇log p] = 0
+    return torch.where(mask, A, 0.0)
+
+
+def exact_baseline(student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence) -> Tensor:
+    """E_{v∼p}[−f(u_v)] = −D_f(q‖p) at each prefix, in closed form from both distributions; (B, R), detached.
+
+    student_logits, teacher_logits  (B, R, V)
+    """
+    student_logp = student_logits.detach().log_softmax(-1)  # drops nothing: a baseline is a constant
+    log_u = teacher_logits.detach().log_softmax(-1) - student_logp
+    return (student_logp.exp() * divergence.stop_gradient(log_u)).sum(-1)

@@ -1,0 +1,50 @@
+"""OPD+, on-policy distillation with the corrected advantage: what is A_n?
+
+The student p_θ samples y, the teacher q scores each sampled token, u_n = q(y_n|s_n) / p_θ(y_n|s_n), and the gradient of
+E_p[f(u)] is kept whole, the part through u_n included:
+
+    A_n  =  w_f(u_n)  +  Σ_{m>n} γ^{m−n} (−f(u_m))         w_f(u) = −f(u) + u f′(u)
+
+Source: "OPD+: Rethinking the Advantage Design for On-Policy Distillation", arXiv 2606.01039, §3 and Table 1.
+
+What this is unbiased for: γ = 0, the divergence D_f(q ‖ p_θ) at each prefix with the distribution of prefixes held
+fixed; γ = 1, the gradient of J = E_y Σ_n f(u_n). Between them it interpolates and is unbiased for neither. The
+correction u f′(u) belongs to the token's own advantage alone: summing w_f into the return is wrong.
+"""
+
+import torch
+from torch import Tensor
+
+from nano_opd.divergences import Divergence
+from nano_opd.policy_gradient import future_return, require_same_shape
+
+
+def advantage(
+    log_u: Tensor, mask: Tensor, divergence: Divergence, gamma: float = 0.0, baseline: Tensor | None = None
+) -> Tensor:
+    """A_n of each sampled token, (B, R), detached, 0 where mask is False.
+
+    log_u     (B, R) teacher_logp − student_logp at the sampled tokens, nats
+    mask      (B, R) bool
+    gamma     discount γ ∈ [0, 1] of the rewards still to come; ValueError outside
+    baseline  (B, R) or None: any function of the prefix s_n, subtracted
+    """
+    require_same_shape(log_u=log_u, mask=mask)
+    log_u = torch.where(mask, log_u, 0.0).detach()  # drops ∇u: w_f adds u f′(u) ∇log p back
+    reward = divergence.stop_gradient(log_u)  # f(1) = 0: nothing behind the EOS
+    own = divergence.unbiased(log_u)  # w_f: the same reward, and its gradient through u_n
+    A = own + future_return(reward, gamma)
+    if baseline is not None:
+        require_same_shape(log_u=log_u, baseline=baseline)
+        A = A - baseline.detach()  # drops nothing: E[b(s_n) ∇log p] = 0
+    return torch.where(mask, A, 0.0)
+
+
+def exact_baseline(student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence) -> Tensor:
+    """E_{v∼p}[w_f(u_v)] at each prefix, in closed form from both distributions; (B, R), detached.
+
+    student_logits, teacher_logits  (B, R, V)
+    """
+    student_logp = student_logits.detach().log_softmax(-1)  # drops nothing: a baseline is a constant
+    log_u = teacher_logits.detach().log_softmax(-1) - student_logp
+    return (student_logp.exp() * divergence.unbiased(log_u)).sum(-1)

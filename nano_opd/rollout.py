@@ -1,0 +1,117 @@
+"""On-policy sampling: the student answers, and every token it chose is scored.
+
+Sampling is at temperature 1 from the whole vocabulary, because the estimators are expectations under exactly that
+distribution: what is sampled with another temperature or a top-k and then scored with the full softmax is off-policy.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nano_opd.gpt import GPT
+from nano_opd.tokenizer import EOS, PAD
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts with their sampled responses.
+
+    tokens         (B, P+R) int64: prompt, response with its first EOS, PAD
+    prompt_length  P, the same for every row
+    mask           (B, R) bool: True up to and including the EOS; a response cut at the cap has none
+    logp           (B, R) float32: log-prob in nats of each sampled token when it was sampled, 0 where mask is False
+    """
+
+    tokens: Tensor
+    prompt_length: int
+    mask: Tensor
+    logp: Tensor
+
+    @property
+    def responses(self) -> Tensor:
+        """(B, R) view of the response tokens."""
+        return self.tokens[:, self.prompt_length :]
+
+    @property
+    def truncated(self) -> Tensor:
+        """(B,) bool: the response reached the cap without an EOS."""
+        return self.mask.all(1) & (self.responses[:, -1] != EOS)
+
+
+def prompt_tensor(prompts: list[list[int]], device: torch.device | str = "cpu") -> Tensor:
+    """(B, P) int64. Raises ValueError for ragged prompts: a padded prompt would shift the positions of its response."""
+    lengths = sorted({len(p) for p in prompts})
+    if len(lengths) != 1 or lengths[0] == 0:
+        raise ValueError(f"prompts of one batch must all have the same length ≥ 1, not {lengths or 'no prompt at all'}")
+    return torch.tensor(prompts, device=device)
+
+
+@torch.no_grad()
+def sample(
+    model: GPT,
+    prompts: Tensor,
+    max_new_tokens: int,
+    generator: torch.Generator | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    evaluation: bool = False,
+) -> Rollout:
+    """Continue prompts (B, P) by up to max_new_tokens tokens each; stops early when every row has ended.
+
+    Only with evaluation=True: another temperature (0 is greedy) or a top-k. `logp` is always that of the model itself.
+    Raises ValueError for such sampling in training, or for sizes below 1.
+    """
+    if not evaluation and (temperature != 1.0 or top_k is not None):
+        raise ValueError(
+            f"training samples at temperature 1 without top-k, not temperature={temperature}, top_k={top_k}: anything "
+            "else is not on-policy. For evaluation pass evaluation=True."
+        )
+    B, P = prompts.shape
+    if min(B, P, max_new_tokens) < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f"sizes must be ≥ 1: {B=}, {P=}, {max_new_tokens=}, {top_k=}; and {temperature=} ≥ 0")
+    tokens = prompts.new_full((B, P + max_new_tokens), PAD)
+    tokens[:, :P] = prompts
+    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=prompts.device)
+    logp = torch.zeros(B, max_new_tokens, device=prompts.device)
+    alive = torch.ones(B, dtype=torch.bool, device=prompts.device)
+    cache = model.new_cache(B, P + max_new_tokens)
+    logits = model(prompts, cache, logits_from=P - 1)[:, -1]
+    for n in range(max_new_tokens):
+        model_logp = logits.float().log_softmax(-1)  # (B, V)
+        token = _draw(model_logp, generator, temperature, top_k)
+        tokens[:, P + n] = torch.where(alive, token, PAD)
+        logp[:, n] = torch.where(alive, model_logp.gather(1, token[:, None])[:, 0], 0.0)
+        mask[:, n] = alive
+        alive = alive & (token != EOS)
+        if n + 1 == max_new_tokens or not alive.any():
+            break
+        logits = model(tokens[:, P + n : P + n + 1], cache, start=P + n)[:, -1]
+    return Rollout(tokens, P, mask, logp)
+
+
+def _draw(logp: Tensor, generator: torch.Generator | None, temperature: float, top_k: int | None) -> Tensor:
+    """One token per row, (B,), by the exponential race: argmax_v p_v / E_v with E_v ~ Exp(1) has distribution p."""
+    if temperature == 0:
+        return logp.argmax(-1)
+    logits = logp / temperature if temperature != 1 else logp
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits - noise.log_()).argmax(-1)
+
+
+def response_logits(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:
+    """Logits (B, R, V) from which each response token was drawn: position n of the response is predicted at P+n−1."""
+    return model(tokens[:, :-1], logits_from=prompt_length - 1)
+
+
+def response_logprobs(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:
+    """log-probs (B, R) float32, in nats, of the response tokens from one full forward; differentiable.
+
+    tokens (B, P+R). Positions after the EOS hold the log-prob of PAD and mean nothing: mask them.
+    """
+    logp = response_logits(model, tokens, prompt_length).float().log_softmax(-1)
+    return logp.gather(-1, tokens[:, prompt_length:, None])[..., 0]

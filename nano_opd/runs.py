@@ -1,0 +1,104 @@
+"""A run's folder: config.json, metrics.csv, checkpoint.pt and curves.png, and the table printed at the end."""
+
+import csv
+import dataclasses
+import io
+import json
+
+from torch import Tensor
+
+from nano_opd import arithmetic, checkpoint, plots
+from nano_opd.arithmetic import Problem
+from nano_opd.config import Config
+from nano_opd.evaluate import pass_at_k, wilson
+
+# Row n describes the student after n updates, then the update that follows. An empty cell was not measured.
+COLUMNS = (
+    "step rollouts seconds accuracy greedy_accuracy kl entropy response_length truncated loss grad_norm clip_fraction "
+    "leak_rate"
+).split()
+
+
+class RunFolderError(ValueError):
+    """The folder belongs to something else; the message is one sentence that says what to do."""
+
+
+def claim(cfg: Config) -> None:
+    """Make the run's folder and write its config.json.
+
+    Raises RunFolderError, and changes nothing, for a folder that holds another run, or this one without --resume.
+    """
+    path = cfg.run_dir / "config.json"
+    if path.exists():
+        try:
+            saved = dict(json.loads(path.read_text()))
+        except ValueError:
+            raise RunFolderError(f"{path} is not a run's configuration: give another --out-dir") from None
+        here = cfg.run_key()
+        different = [
+            f"{name} is {saved.get(name)} there and {here[name]} here" for name in here if saved.get(name) != here[name]
+        ]
+        if different:
+            raise RunFolderError(f"{cfg.run_dir} holds another run ({'; '.join(different)}): give another --out-dir")
+        if not cfg.resume:
+            raise RunFolderError(
+                f"{cfg.run_dir} holds this run already: continue with --resume, or give another --out-dir"
+            )
+    cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(dataclasses.asdict(cfg), indent=2)
+    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def load(cfg: Config, device) -> dict | None:
+    """The state of the last checkpoint, or None before the first. Raises CheckpointError as checkpoint.load does."""
+    path = cfg.run_dir / "checkpoint.pt"
+    return checkpoint.load(path, cfg.run_key(), device) if path.exists() else None
+
+
+def save(cfg: Config, state: dict) -> None:
+    """checkpoint.pt, then metrics.csv and curves.png from its rows, each whole or as it was."""
+    checkpoint.save(cfg.run_dir / "checkpoint.pt", cfg.run_key(), state)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(state["rows"])
+    checkpoint.write_atomically(cfg.run_dir / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
+
+
+def report(
+    cfg: Config, rows: list[dict], problems: list[Problem], teacher_correct: Tensor, correct: Tensor, texts: list[str]
+) -> None:
+    """Draw curves.png and print what the run did: start → end with 95 % intervals, then five of its answers.
+
+    teacher_correct (problems, 1) and correct (problems, 4) bool, and texts, the student's first answers, are fresh
+    samples on held-out problems, drawn after the last update.
+    """
+    figure = plots.training_curves(rows, cfg.eval_size, cfg.run_dir.name)
+    checkpoint.write_atomically(cfg.run_dir / "curves.png", lambda file: figure.savefig(file, format="png", dpi=120))
+
+    n, start, end = len(problems), rows[0], rows[-1]
+
+    def proportion(p: float) -> str:
+        low, high = wilson(round(p * n), n)
+        return f"{p:.3f} [{low:.3f}, {high:.3f}]"
+
+    print(f"\n{cfg.run_dir.name}: {cfg.steps} updates of {cfg.batch_size} rollouts in {end['seconds']:.0f} s")
+    print(f"{n} held-out problems, start → end with 95 % intervals:")
+    print(f"  accuracy, sampled        {proportion(start['accuracy'])} → {proportion(end['accuracy'])}")
+    print(f"  accuracy, greedy         {proportion(start['greedy_accuracy'])} → {proportion(end['greedy_accuracy'])}")
+    for name, label in [
+        ("kl", "KL to the teacher, nats"),
+        ("entropy", "entropy, nats"),
+        ("response_length", "response length, tokens"),
+        ("truncated", "truncated, fraction"),
+    ]:
+        print(f"  {label:<24} {start[name]:.3f} → {end[name]:.3f}")
+    print(f"  pass@4                   {pass_at_k(correct, 4):.3f} at the end")
+    print(f"  the teacher, sampled     {proportion(teacher_correct.float().mean().item())}")
+
+    print("\nfive sampled answers, wrong ones first:")
+    right = correct[:, 0].tolist()
+    for i in sorted(range(n), key=right.__getitem__)[:5]:
+        broken = arithmetic.first_broken_step(problems[i], texts[i])
+        print(f"  {arithmetic.prompt(problems[i])}{texts[i]}   {'right' if right[i] else f'wrong: {broken}'}")
+    print(f"\nfiles in {cfg.run_dir}/: config.json, metrics.csv, checkpoint.pt, curves.png")

@@ -1,0 +1,111 @@
+"""Worked solutions and the verifier against Python's own arithmetic; the split."""
+
+import numpy as np
+import pytest
+
+from nano_opd import arithmetic
+from nano_opd.arithmetic import Problem
+
+SIZES = [(task, digits) for task in arithmetic.TASK_NAMES for digits in (1, 2, 3, 8)]
+PYTHON = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b}
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("task,digits", SIZES)
+def test_solutions_are_right_and_have_the_promised_length(task, digits, rng):
+    for problem in arithmetic.sample_problems(task, digits, 1000, rng):
+        truth = PYTHON[problem.task](problem.a, problem.b)
+        text = arithmetic.solution(problem)
+        assert int(text.split("#")[1]) == truth >= 0
+        assert len(text) + 1 == arithmetic.solution_length(digits)
+        assert len(arithmetic.prompt(problem)) == arithmetic.prompt_length(digits)
+        assert arithmetic.verify(problem, text) and arithmetic.first_broken_step(problem, text) is None
+
+
+def test_columns_do_long_arithmetic(rng):
+    """Each digit column is what pencil and paper give: the digits, read upwards after the last carry, are the answer."""
+    for problem in arithmetic.sample_problems("mix", 5, 1000, rng):
+        *columns, _ = arithmetic.steps(problem)
+        digits = "".join(column[-2] for column in reversed(columns))
+        carry = columns[-1][-3] if problem.task != "sub" else "0"
+        assert int(carry + digits) == PYTHON[problem.task](problem.a, problem.b)
+
+
+def test_the_example_of_the_module_docstring():
+    problem = Problem("add", 3, 457, 68)
+    assert arithmetic.prompt(problem) in arithmetic.__doc__ and arithmetic.solution(problem) in arithmetic.__doc__
+
+
+def test_the_verifier_reads_only_the_answer(rng):
+    for problem in arithmetic.sample_problems("mix", 4, 2000, rng):
+        truth = PYTHON[problem.task](problem.a, problem.b)
+        assert arithmetic.verify(problem, f"9+9=00 #{truth}") and arithmetic.verify(problem, f"#{truth:09d}")
+        for wrong in (
+            f"#{truth + 1}",
+            f"{truth}",
+            f"#{truth} ",
+            f"#{truth}#",
+            "#",
+            "",
+            f"#{truth}#0{truth + 1}",
+            f"#-{truth}",
+        ):
+            assert not arithmetic.verify(problem, wrong), wrong
+
+
+def test_the_first_broken_step_is_named(rng):
+    problem = Problem("add", 3, 457, 68)
+    for text, where in [
+        ("7+8=15 5+6=13 4+0=05 #0535", "column 2: wrote '5+6=13 ', should be '5+6=12 '"),
+        ("7+8=15 5+6=12 4+0=05 #0524", "answer: wrote '#0524'"),
+        ("7+8=15 5+6=12 4+0=05 #0525#", "answer: wrote '#0525#'"),
+        ("", "column 1: wrote ''"),
+    ]:
+        assert arithmetic.first_broken_step(problem, text).startswith(where)
+    for problem in arithmetic.sample_problems("mix", 3, 300, rng):  # break one character anywhere: its step is found
+        text, steps = arithmetic.solution(problem), arithmetic.steps(problem)
+        i = int(rng.integers(len(text)))
+        broken = text[:i] + ("0" if text[i] != "0" else "1") + text[i + 1 :]
+        step = int(np.searchsorted(np.cumsum([len(s) for s in steps]), i, side="right"))
+        expected = "answer" if step == 3 else f"column {step + 1}"
+        assert arithmetic.first_broken_step(problem, broken).startswith(expected + ":")
+
+
+@pytest.mark.parametrize("task,digits", SIZES)
+def test_the_split_is_disjoint_and_commuting_or_padding_does_not_cross_it(task, digits, rng):
+    train = arithmetic.sample_problems(task, digits, 4000, rng)
+    held_out = arithmetic.sample_problems(task, digits, 1000, rng, held_out=True)
+
+    def values(problems):
+        return {(p.task, frozenset((p.a, p.b))) for p in problems}
+
+    assert not values(train) & values(held_out)
+    assert {p.digits for p in train + held_out} == {digits}
+    assert len(values(held_out)) > (500 if digits > 2 else 1)
+
+
+@pytest.mark.parametrize("task", arithmetic.TASKS)
+def test_the_split_is_one_for_all_sizes_and_about_a_tenth(task):
+    a, b = np.meshgrid(np.arange(300), np.arange(300))
+    held_out = arithmetic.is_held_out(task, a, b)
+    assert (held_out == held_out.T).all()
+    assert abs(np.triu(held_out).sum() / np.triu(np.ones_like(held_out)).sum() - 0.1) < 0.01
+    assert 0 < held_out[:10, :10].sum() < 50  # one-digit problems exist on both sides
+
+
+def test_problems_are_uniform(rng):
+    problems = arithmetic.sample_problems("add", 1, 20000, rng)
+    counts = np.unique([p.a * 10 + p.b for p in problems], return_counts=True)[1]
+    assert counts.std() < 1.3 * np.sqrt(counts.mean())  # what a multinomial allows
+    tasks = [p.task for p in arithmetic.sample_problems("mix", 2, 6000, rng)]
+    assert all(abs(tasks.count(t) - 2000) < 200 for t in arithmetic.TASKS)
+
+
+@pytest.mark.parametrize("task,digits", [("div", 3), ("add", 0), ("add", 9)])
+def test_unknown_tasks_and_sizes_are_refused(task, digits, rng):
+    with pytest.raises(ValueError, match="unknown task 'div'; choose from add|digits must lie in 1 … 8"):
+        arithmetic.sample_problems(task, digits, 1, rng)

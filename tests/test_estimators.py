@@ -1,0 +1,161 @@
+"""OPD, OPD+, GKD and the policy gradient on hand-made batches: signs, masks, returns, detached or not."""
+
+import pytest
+import torch
+
+from nano_opd import divergences, gkd, opd, opdplus, policy_gradient
+
+NAMES = [*divergences.DIVERGENCES, "alpha=0.5"]
+
+
+@pytest.fixture
+def batch():
+    """log u (6, 5) with responses of length 5, 4, …, 1 and 0."""
+    log_u = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(5) < torch.tensor([[5], [4], [3], [2], [1], [0]])
+    return log_u, mask
+
+
+@pytest.fixture
+def logits():
+    student, teacher = torch.randn(2, 6, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return student, teacher
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_advantages_equal_the_formula_term_by_term(name, gamma, batch):
+    log_u, mask = batch
+    d = divergences.get(name)
+    for method, own in [(opd, d.stop_gradient), (opdplus, d.unbiased)]:
+        A = method.advantage(log_u, mask, d, gamma)
+        for b in range(6):
+            L = int(mask[b].sum())
+            for n in range(5):
+                want = 0.0
+                if n < L:
+                    want = own(log_u[b, n]).item()
+                    want += sum(gamma ** (m - n) * d.stop_gradient(log_u[b, m]).item() for m in range(n + 1, L))
+                assert A[b, n].item() == pytest.approx(want, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("method", [opd, opdplus])
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_what_stands_behind_the_mask_never_matters(method, gamma, batch):
+    log_u, mask = batch
+    d = divergences.get("pearson_chi2")
+    dirty = torch.where(mask, log_u, torch.tensor([float("inf"), float("-inf"), float("nan"), 90.0, -90.0]))
+    torch.testing.assert_close(method.advantage(dirty, mask, d, gamma), method.advantage(log_u, mask, d, gamma))
+
+
+@pytest.mark.parametrize("method", [opd, opdplus])
+def test_advantages_and_baselines_are_detached(method, batch, logits):
+    log_u, mask = batch
+    student = logits[0].requires_grad_()
+    d = divergences.get("jsd")
+    baseline = method.exact_baseline(student, logits[1], d)
+    A = method.advantage(log_u.requires_grad_(), mask, d, 0.5, baseline)
+    assert not A.requires_grad and not baseline.requires_grad
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_baselines_are_the_means_over_the_vocabulary(name, logits):
+    student, teacher = logits
+    d = divergences.get(name)
+    p = student.softmax(-1)
+    u = (teacher.softmax(-1) / p).log()
+    torch.testing.assert_close(opd.exact_baseline(student, teacher, d), (p * d.stop_gradient(u)).sum(-1))
+    torch.testing.assert_close(opdplus.exact_baseline(student, teacher, d), (p * d.unbiased(u)).sum(-1))
+    assert (opd.exact_baseline(student, teacher, d) < 0).all()  # −D_f
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_gkd_is_the_mean_over_the_token_of_the_sampled_gradient(name, stop_gradient, logits):
+    """Σ_v p_v A_v ∇log p_v at every prefix, with and without the exact baseline, against autograd through the loss."""
+    student, teacher = logits
+    mask = torch.arange(5) < torch.tensor([[5], [4], [3], [2], [1], [0]])
+    d, method = divergences.get(name), opd if stop_gradient else opdplus
+    student = student.requires_grad_()
+    (got,) = torch.autograd.grad(gkd.loss(student, teacher, mask, d, stop_gradient), student)
+    for with_baseline in (False, True):
+        baseline = method.exact_baseline(student, teacher, d) if with_baseline else None
+        logp = student.log_softmax(-1)
+        total = torch.zeros((), dtype=torch.float64)
+        for v in range(7):  # every token in turn, weighted by its probability
+            log_u = teacher.log_softmax(-1)[..., v] - logp[..., v].detach()
+            A = method.advantage(log_u, mask, d, 0.0, baseline)
+            total = total + policy_gradient.loss(logp[..., v], A * logp[..., v].detach().exp(), mask)
+        (want,) = torch.autograd.grad(total, student)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_gkd_value_is_the_divergence(logits):
+    student, teacher = logits
+    mask = torch.ones(6, 5, dtype=torch.bool)
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    loss = gkd.loss(student, teacher, mask, divergences.get("forward_kl"))
+    torch.testing.assert_close(loss, (q * (q / p).log()).sum() / 6)
+
+
+def test_a_token_the_teacher_forbids_is_no_accident(logits):
+    """q(v) = 0: a divergence that is finite there has a finite gradient, equal to −Σ_v w ∇p; the others are infinite."""
+    student, teacher = logits
+    teacher[..., 2] = -torch.inf
+    mask = torch.ones(6, 5, dtype=torch.bool)
+    for name in NAMES:
+        d = divergences.get(name)
+        student = student.detach().requires_grad_()
+        loss = gkd.loss(student, teacher, mask, d)
+        if name in ("reverse_kl", "k3", "neyman_chi2"):
+            assert loss == torch.inf
+        else:
+            loss.backward()
+            assert loss.isfinite() and student.grad.isfinite().all(), name
+            p = student.detach().softmax(-1)
+            w = d.unbiased(teacher.log_softmax(-1) - p.log())
+            want = -p * (w - (p * w).sum(-1, keepdim=True)) / 6  # −Σ_v ∇p_v w_v by hand
+            torch.testing.assert_close(student.grad, want, rtol=1e-8, atol=1e-10)
+
+
+def test_the_policy_gradient_is_minus_A_grad_logp_over_B(batch):
+    A, mask = batch
+    logp = (-torch.rand(6, 5, dtype=torch.float64)).requires_grad_()
+    policy_gradient.loss(logp, A, mask).backward()
+    torch.testing.assert_close(logp.grad, torch.where(mask, -A / 6, 0.0))
+    logp.grad = None
+    policy_gradient.loss(logp, A, mask, "token_mean").backward()
+    torch.testing.assert_close(logp.grad, torch.where(mask, -A / 15, 0.0))
+    logp.grad = None
+    policy_gradient.loss(logp, A, mask, "sequence_mean").backward()
+    torch.testing.assert_close(logp.grad, torch.where(mask, -A / (6 * mask.sum(1, keepdim=True)), 0.0))
+
+
+def test_a_longer_cap_or_infinite_padding_does_not_change_the_loss(batch):
+    A, mask = batch
+    logp = -torch.rand(6, 5, dtype=torch.float64)
+    padded = [torch.nn.functional.pad(x, (0, 3), value=v) for x, v in [(logp, -torch.inf), (A, 0.0), (mask, False)]]
+    torch.testing.assert_close(policy_gradient.loss(*padded), policy_gradient.loss(logp, A, mask))
+
+
+def test_misuse_is_refused(batch, logits):
+    log_u, mask = batch
+    d = divergences.get("jsd")
+    with pytest.raises(ValueError, match="carries a gradient"):
+        policy_gradient.loss(log_u, log_u.clone().requires_grad_(), mask)
+    with pytest.raises(ValueError, match="unknown normalize 'mean'"):
+        policy_gradient.loss(log_u, log_u, mask, "mean")
+    for gamma in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\]"):
+            opd.advantage(log_u, mask, d, gamma)
+        with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\]"):
+            opdplus.advantage(log_u, mask, d, gamma)
+    for method in (opd, opdplus):
+        with pytest.raises(ValueError, match=r"log_u \(6, 5\), mask \(6, 4\)"):
+            method.advantage(log_u, mask[:, :4], d)
+        with pytest.raises(ValueError, match=r"baseline \(6, 1\)"):
+            method.advantage(log_u, mask, d, 0.0, log_u[:, :1])
+    with pytest.raises(ValueError, match="shapes must be equal"):
+        gkd.loss(logits[0], logits[1][:, :, :6], mask, d)
+    with pytest.raises(ValueError, match="shapes must be equal"):
+        gkd.loss(*logits, mask[:, :4], d)

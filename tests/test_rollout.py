@@ -1,0 +1,128 @@
+"""On-policy sampling: the record, its mask, its log-probs, and that the samples follow the model."""
+
+import math
+
+import pytest
+import torch
+
+from nano_opd.gpt import GPT, GPTConfig
+from nano_opd.rollout import Rollout, prompt_tensor, response_logits, response_logprobs, sample
+from nano_opd.tokenizer import EOS, PAD, VOCAB_SIZE
+
+P, R = 4, 12
+
+
+@pytest.fixture
+def model():
+    """A random model that ends a response every few tokens."""
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(VOCAB_SIZE, P + R))
+    for block in model.blocks:
+        torch.nn.init.normal_(block.mlp_out.weight, std=0.2)
+    with torch.no_grad():
+        model.embedding.weight[EOS] *= 2.0
+    return model
+
+
+@pytest.fixture
+def prompts():
+    return torch.randint(10, (200, P), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def rollout(model, prompts):
+    return sample(model, prompts, R, torch.Generator().manual_seed(1))
+
+
+def test_the_record(rollout, prompts):
+    assert rollout.tokens.shape == (200, P + R) and rollout.tokens.dtype == torch.int64 and rollout.prompt_length == P
+    assert rollout.mask.shape == rollout.logp.shape == (200, R)
+    assert rollout.mask.dtype == torch.bool and rollout.logp.dtype == torch.float32
+    assert torch.equal(rollout.tokens[:, :P], prompts)
+    lengths = rollout.mask.sum(1)
+    assert lengths.min() < 3 and rollout.truncated.any() and not rollout.truncated.all()  # the fixture covers all cases
+
+
+def test_the_mask_includes_the_first_eos_and_nothing_after(rollout):
+    for tokens, mask, truncated in zip(rollout.responses.tolist(), rollout.mask.tolist(), rollout.truncated.tolist()):
+        end = tokens.index(EOS) + 1 if EOS in tokens else R
+        assert mask == [True] * end + [False] * (R - end)
+        assert tokens[end:] == [PAD] * (R - end)
+        assert truncated == (EOS not in tokens)
+
+
+def test_sampling_time_logprobs_equal_the_full_forward(model, rollout):
+    logp = response_logprobs(model, rollout.tokens, P)
+    assert logp.dtype == torch.float32
+    torch.testing.assert_close(rollout.logp[rollout.mask], logp[rollout.mask], rtol=0, atol=1e-5)
+    assert (rollout.logp[~rollout.mask] == 0).all()
+
+
+def test_response_logits_predict_the_response(model, rollout):
+    logits = response_logits(model, rollout.tokens, P)
+    assert logits.shape == (200, R, VOCAB_SIZE)
+    torch.testing.assert_close(logits[:, 3], model(rollout.tokens[:, : P + 3])[:, -1])
+
+
+def test_what_stands_after_the_eos_changes_nothing(model, rollout):
+    noise = torch.randint_like(rollout.responses, 10)
+    other = rollout.tokens.clone()
+    other[:, P:] = torch.where(rollout.mask, rollout.responses, noise)
+    first, second = response_logprobs(model, rollout.tokens, P), response_logprobs(model, other, P)
+    torch.testing.assert_close(first[rollout.mask], second[rollout.mask])
+
+
+def test_samples_follow_the_model(model):
+    """χ² of 20,000 first tokens against the model's distribution: 99.9 % quantile by Wilson–Hilferty."""
+    rollout = sample(model, torch.full((20000, P), 5), 1, torch.Generator().manual_seed(2))
+    p = model(torch.full((1, P), 5))[0, -1].softmax(-1)
+    expected = 20000 * p
+    counts = rollout.responses[:, 0].bincount(minlength=VOCAB_SIZE)
+    chi2, df = ((counts - expected) ** 2 / expected).sum().item(), VOCAB_SIZE - 1
+    assert chi2 < df * (1 - 2 / (9 * df) + 3.09 * math.sqrt(2 / (9 * df))) ** 3
+
+
+def test_the_same_generator_seed_gives_the_same_rollout(model, prompts, rollout):
+    again = sample(model, prompts, R, torch.Generator().manual_seed(1))
+    other = sample(model, prompts, R, torch.Generator().manual_seed(2))
+    assert torch.equal(again.tokens, rollout.tokens) and torch.equal(again.logp, rollout.logp)
+    assert not torch.equal(other.tokens, rollout.tokens)
+
+
+def test_greedy_takes_the_likeliest_token(model, prompts):
+    rollout = sample(model, prompts, R, temperature=0.0, evaluation=True)
+    best = response_logits(model, rollout.tokens, P).argmax(-1)
+    assert torch.equal(best[rollout.mask], rollout.responses[rollout.mask])
+
+
+def test_top_k_draws_only_from_the_top(model, prompts):
+    rollout = sample(model, prompts, R, torch.Generator().manual_seed(0), top_k=3, evaluation=True)
+    top = response_logits(model, rollout.tokens, P).topk(3).indices
+    inside = (top == rollout.responses.unsqueeze(-1)).any(-1)
+    assert inside[rollout.mask].all()
+
+
+@pytest.mark.parametrize("off_policy", [{"temperature": 0.7}, {"temperature": 0.0}, {"top_k": 5}])
+def test_off_policy_sampling_is_refused_for_training(model, prompts, off_policy):
+    with pytest.raises(ValueError, match="not on-policy"):
+        sample(model, prompts, R, **off_policy)
+
+
+def test_ragged_or_missing_prompts_are_refused():
+    with pytest.raises(ValueError, match=r"same length ≥ 1, not \[2, 3\]"):
+        prompt_tensor([[1, 2], [1, 2, 3]])
+    for nothing in ([], [[]]):
+        with pytest.raises(ValueError, match="same length ≥ 1"):
+            prompt_tensor(nothing)
+    assert prompt_tensor([[1, 2], [3, 4]]).tolist() == [[1, 2], [3, 4]]
+
+
+def test_sizes_below_one_are_refused(model, prompts):
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        sample(model, prompts, 0)
+
+
+def test_rollout_is_frozen(rollout):
+    assert isinstance(rollout, Rollout)
+    with pytest.raises(AttributeError):
+        rollout.mask = None
