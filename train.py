@@ -91,9 +91,9 @@ def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip or float("inf"))
     if not torch.isfinite(loss + grad_norm):
         raise NumericalFault(
-            f"update {step}: the loss is {loss.item()} and its gradient norm {grad_norm.item()}; likely the "
-            f"teacher and the student judge some token so differently that its {cfg.divergence} reward overflows: lower --lr, or "
-            "bound it with --log-u-clip"
+            f"update {step}: the loss is {loss.item()}, its gradient norm {grad_norm.item()}; likely the teacher and the "
+            f"student judge some token so differently that its {cfg.divergence} reward overflows: lower --lr, or bound "
+            "it with --log-u-clip"
         )
     optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
     optimizer.step()

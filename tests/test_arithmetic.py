@@ -27,7 +27,7 @@ def test_solutions_are_right_and_have_the_promised_length(task, digits, rng):
 
 
 def test_columns_do_long_arithmetic(rng):
-    """Each digit column is what pencil and paper give: the digits, read upwards after the last carry, are the answer."""
+    """Each digit column is what pencil and paper give: the digits, read upwards, are the answer."""
     for problem in arithmetic.sample_problems("mix", 5, 1000, rng):
         *columns, _ = arithmetic.steps(problem)
         digits = "".join(column[-2] for column in reversed(columns))

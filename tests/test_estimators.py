@@ -99,7 +99,7 @@ def test_gkd_value_is_the_divergence(logits):
 
 
 def test_a_token_the_teacher_forbids_is_no_accident(logits):
-    """q(v) = 0: a divergence that is finite there has a finite gradient, equal to −Σ_v w ∇p; the others are infinite."""
+    """q(v) = 0: a divergence that is finite there has a finite gradient, −Σ_v w ∇p; the others are infinite."""
     student, teacher = logits
     teacher[..., 2] = -torch.inf
     mask = torch.ones(6, 5, dtype=torch.bool)
