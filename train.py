@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from nano_opd import arithmetic, checkpoint, config, divergences, gkd, opd, opdplus, policy_gradient, runs, sft
 from nano_opd.config import Config
+from nano_opd.device import keep_freed_memory, resolve
 from nano_opd.evaluate import evaluate, prompts_of, sampled_correct
 from nano_opd.gpt import GPT
 from nano_opd.rollout import Rollout, response_logits, sample
@@ -91,7 +92,7 @@ def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip or float("inf"))
     if not torch.isfinite(loss + grad_norm):
         raise NumericalFault(
-            f"update {step}: the loss is {loss.item()}, its gradient norm {grad_norm.item()}; likely the teacher and the "
+            f"update {step}: the loss is {loss.item()}, its gradient norm {grad_norm.item()}; likely teacher and "
             f"student judge some token so differently that its {cfg.divergence} reward overflows: lower --lr, or bound "
             "it with --log-u-clip"
         )
@@ -139,7 +140,8 @@ def train(cfg: Config, student: GPT, teacher: GPT) -> list[dict]:
 def main(arguments: list[str] | None = None) -> None:
     """One run, from its command line to its files."""
     cfg = config.parse(arguments)
-    device = config.resolve_device(cfg.device)
+    device = resolve(cfg.device)
+    keep_freed_memory()
     try:
         runs.claim(cfg)
         teacher = warm_start(cfg, "teacher", device).requires_grad_(False)

@@ -10,9 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from nano_opd import arithmetic, divergences
+from nano_opd import arithmetic, device, divergences
 from nano_opd.gpt import GPTConfig
 from nano_opd.tokenizer import VOCAB_SIZE
 
@@ -177,23 +175,7 @@ def parse(arguments: list[str] | None = None) -> Config:
                 f"{_flag(name)} {typed[name]} means nothing with --method {config.method}: it is read by {readers}"
             )
     try:
-        resolve_device(config.device)
+        device.resolve(config.device)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"--device {error}")
     return config
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device called `name`, once it is really there; "auto" is a CUDA GPU or else the CPU. Raises ValueError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[
-            device.type
-        ]
-    except (RuntimeError, KeyError):
-        raise ValueError(f"--device {name}: choose from auto, cpu, cuda, cuda:<n>, mps") from None
-    if (device.index or 0) >= there:
-        raise ValueError(f"--device {name}: this machine has no such device; --device auto takes what is there")
-    return device

@@ -41,9 +41,11 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): turn each pair (x_i, x_{i+D/2}) by its position's angle. x (…, T, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """Rotary positions (Su et al. 2021): turn each pair (x_i, x_{i+D/2}) by its position's angle.
+
+    x (…, T, D); cos and sin (T, D), sin with the minus sign of the rotation in its first half.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Block(nn.Module):
@@ -85,7 +87,7 @@ class GPT(nn.Module):
         D = config.n_embd // config.n_head
         angle = torch.arange(config.block_size)[:, None] / config.rope_base ** (torch.arange(0, D, 2) / D)  # (T, D/2)
         self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)
-        self.register_buffer("sin", angle.sin().repeat(1, 2), persistent=False)
+        self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], dim=1), persistent=False)
         for name, parameter in self.named_parameters():  # each block starts as the identity
             std = 0.0 if name.endswith("out.weight") else (2 if "blocks" in name else 1) * config.n_embd**-0.5
             nn.init.normal_(parameter, std=std)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import tiktoken
 
-ALPHABET = "0123456789+-*=# "
+ALPHABET = "0123456789+-*=# @_"  # @ marks an answer that was copied from a reference, _ an empty reference
 EOS = len(ALPHABET)
 PAD = EOS + 1
 VOCAB_SIZE = PAD + 1
