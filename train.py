@@ -12,16 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nano_opd import arithmetic, checkpoint, config, divergences, gkd, opd, opdplus, policy_gradient, runs, sft
+from nano_opd.checks import NumericalFault, require_finite
 from nano_opd.config import Config
 from nano_opd.device import keep_freed_memory, resolve
 from nano_opd.evaluate import evaluate, prompts_of, sampled_correct
 from nano_opd.gpt import GPT
 from nano_opd.rollout import Rollout, response_logits, sample
 from nano_opd.streams import numpy_stream, torch_stream
-
-
-class NumericalFault(ArithmeticError):
-    """A loss or a gradient that is not finite."""
 
 
 def progress(total: int, label: str) -> tqdm:
@@ -80,7 +77,7 @@ def distillation_loss(cfg: Config, student: GPT, teacher: GPT, rollout: Rollout)
 def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """One step of training; returns its columns of metrics.csv.
 
-    Raises NumericalFault, before any weight has changed, when the loss or its gradient is not finite.
+    Raises NumericalFault, before any weight has changed, when a log-prob, the loss or its gradient is not finite.
     """
     batch, measured = problems(cfg, "problems", cfg.batch_size, step), {}
     if cfg.method == "sft":
@@ -92,12 +89,9 @@ def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.
     optimizer.zero_grad()
     loss.backward()
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip or float("inf"))
-    if not torch.isfinite(loss + grad_norm):
-        raise NumericalFault(
-            f"update {step}: the loss is {loss.item()}, its gradient norm {grad_norm.item()}; likely teacher and "
-            f"student judge some token so differently that its {cfg.divergence} reward overflows: lower --lr, or bound "
-            "it with --log-u-clip"
-        )
+    likely = "teacher and student judge some token so differently that its reward overflows: lower --lr"
+    require_finite("loss", loss, likely)
+    require_finite("norm of its gradient", grad_norm, likely)
     optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
     optimizer.step()
     return {name: value.item() for name, value in {"loss": loss, "grad_norm": grad_norm, **measured}.items()}
@@ -139,7 +133,10 @@ def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> li
                         flush=True,
                     )
             if step < cfg.steps:
-                row |= update(cfg, step, student, teacher, optimizer)
+                try:
+                    row |= update(cfg, step, student, teacher, optimizer)
+                except NumericalFault as fault:
+                    raise NumericalFault(f"update {step}: {fault}") from None
                 bar.update()
                 if stop.signal:
                     save(step + 1)
