@@ -103,7 +103,7 @@ def test_gkd_value_is_the_divergence(logits):
 
 
 def test_a_token_the_teacher_forbids_is_no_accident(logits):
-    """q(v) = 0: a divergence that is finite there has a finite gradient, −Σ_v w ∇p; the others are infinite."""
+    """q(v) = 0: a divergence that is finite there has a finite gradient, −Σ_v w ∇p; others are infinite."""
     student, teacher = logits
     teacher[..., 2] = -torch.inf
     mask = torch.ones(6, 5, dtype=torch.bool)
@@ -172,7 +172,7 @@ def test_misuse_is_refused(batch, logits):
 @given(data=st.data(), lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5))
 @settings(max_examples=60, deadline=None)
 def test_rows_are_independent_and_empty_responses_weigh_nothing(data, lengths):
-    """The advantages of a batch are those of its rows alone; a response of no tokens adds nothing but its place in B."""
+    """The advantages of a batch are those of its rows alone; an empty response adds nothing but its place in B."""
     name, gamma = data.draw(st.sampled_from(NAMES)), data.draw(st.sampled_from([0.0, 0.3, 1.0]))
     values = data.draw(st.lists(st.floats(-20, 20), min_size=6 * len(lengths), max_size=6 * len(lengths)))
     log_u = torch.tensor(values, dtype=torch.float64).view(len(lengths), 6)
