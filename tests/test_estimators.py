@@ -147,7 +147,7 @@ def test_misuse_is_refused(batch, logits):
     d = divergences.get("jsd")
     with pytest.raises(ValueError, match="carries a gradient"):
         policy_gradient.loss(log_u, log_u.clone().requires_grad_(), mask)
-    with pytest.raises(ValueError, match="mask must be bool, not torch.float64"):
+    with pytest.raises(ValueError, match="mask must be bool .B, R., not torch.float64"):
         policy_gradient.loss(log_u, log_u, mask.double())
     with pytest.raises(ValueError, match=r"logp \(6, 5\), advantage \(1, 5\)"):
         policy_gradient.loss(log_u, log_u[:1], mask)
@@ -163,6 +163,13 @@ def test_misuse_is_refused(batch, logits):
             method.advantage(log_u, mask[:, :4], d)
         with pytest.raises(ValueError, match=r"baseline \(6, 1\)"):
             method.advantage(log_u, mask, d, 0.0, log_u[:, :1])
+        for bad in (torch.nan, torch.inf):
+            with pytest.raises(ValueError, match="holds NaN or .inf"):
+                method.advantage(torch.full_like(log_u, bad), mask, d)
+        with pytest.raises(ValueError, match="log_u must be floating-point, not torch.int64"):
+            method.advantage(log_u.long(), mask, d)
+    with pytest.raises(ValueError, match="is NaN"):
+        gkd.loss(logits[0] * torch.nan, logits[1], mask, d)
     with pytest.raises(ValueError, match="shapes must be equal"):
         gkd.loss(logits[0], logits[1][:, :, :6], mask, d)
     with pytest.raises(ValueError, match="shapes must be equal"):
