@@ -29,16 +29,13 @@ from nano_opd import (
     runs,
     sft,
 )
+from nano_opd.checks import NumericalFault, require_finite
 from nano_opd.config import Config
 from nano_opd.device import keep_freed_memory, resolve
 from nano_opd.evaluate import evaluate, prompts_of, reasoning_span, rewards, sampled_correct, slots_of
 from nano_opd.gpt import GPT
 from nano_opd.rollout import Rollout, response_logits, response_logprobs, sample
 from nano_opd.streams import numpy_stream, torch_stream
-
-
-class NumericalFault(ArithmeticError):
-    """A loss or a gradient that is not finite."""
 
 
 def progress(total: int, label: str) -> tqdm:
@@ -163,23 +160,20 @@ def objective(cfg: Config, step: int, student: GPT, teacher: GPT) -> Callable[[]
 def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """One step of training; returns its columns of metrics.csv.
 
-    Raises NumericalFault, before the weights have changed, when the loss or its gradient is not finite.
+    Raises NumericalFault, before the weights have changed, when a log-prob, the loss or its gradient is not finite.
     """
     if cfg.privileged and cfg.teacher_sync and step % cfg.teacher_sync == 0:
         teacher.load_state_dict(student.state_dict())
     loss_of_epoch = objective(cfg, step, student, teacher)
+    likely = "teacher and student judge some token so differently that its reward overflows: lower --lr"
     optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
     for _ in range(cfg.epochs):
         loss, measured = loss_of_epoch()
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip or float("inf"))
-        if not torch.isfinite(loss + grad_norm):
-            raise NumericalFault(
-                f"update {step}: the loss is {loss.item()}, its gradient norm {grad_norm.item()}; likely teacher and "
-                f"student judge some token so differently that its {cfg.divergence} reward overflows: lower --lr, or "
-                "bound it with --log-u-clip"
-            )
+        require_finite("loss", loss, likely)
+        require_finite("norm of its gradient", grad_norm, likely)
         optimizer.step()
     return {name: value.item() for name, value in {"loss": loss, "grad_norm": grad_norm, **measured}.items()}
 
@@ -224,7 +218,10 @@ def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> li
                         flush=True,
                     )
             if step < cfg.steps:
-                row |= update(cfg, step, student, teacher, optimizer)
+                try:
+                    row |= update(cfg, step, student, teacher, optimizer)
+                except NumericalFault as fault:
+                    raise NumericalFault(f"update {step}: {fault}") from None
                 bar.update()
                 if stop.signal:
                     save(step + 1)

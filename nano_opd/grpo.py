@@ -21,7 +21,8 @@ differ by the std alone; normalize="sequence_mean" puts the paper's per-length d
 import torch
 from torch import Tensor
 
-from nano_opd.policy_gradient import reduce, require_same_shape
+from nano_opd.checks import require_batch, require_same_shape
+from nano_opd.policy_gradient import reduce
 
 EPSILON = 1e-6
 
@@ -66,13 +67,16 @@ def clipped_surrogate(
     clip_low, clip_high  a token has no gradient once ρ < 1 − clip_low with A < 0, or ρ > 1 + clip_high with A > 0
     normalize  as in policy_gradient.loss
 
-    Raises ValueError if the advantage carries a gradient or the shapes do not agree.
+    Raises ValueError if the advantage carries a gradient, for shapes that do not match or a mask that is not bool.
     """
     if advantage.requires_grad:
         raise ValueError("the advantage carries a gradient: a method must return it detached")
+    require_batch(mask, logp=logp, old_logp=old_logp)
     if advantage.dim() == 1:
+        require_same_shape(advantage=advantage, responses=logp[:, 0])
         advantage = advantage.unsqueeze(1)  # (B, 1)
-    require_same_shape(logp=logp, old_logp=old_logp, mask=mask, advantage=advantage.expand_as(logp))
+    else:
+        require_same_shape(advantage=advantage, logp=logp)
     ratio = _ratio(logp, old_logp, mask)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return reduce(-torch.minimum(ratio * advantage, clipped * advantage), mask, normalize)

@@ -17,7 +17,7 @@ written 1 + λ (clip(w) − 1), the same number, so that λ = 0 or ε_w = 0 give
 import torch
 from torch import Tensor
 
-from nano_opd.policy_gradient import require_same_shape
+from nano_opd.checks import require_batch, require_same_shape
 
 
 def advantage(
@@ -41,12 +41,12 @@ def advantage(
     negative_only  reweight only the responses with A < 0
     span           (B, R) bool or None: reweight only these tokens, for example the reasoning before the answer
 
-    Raises ValueError for λ or ε_w outside its range, or shapes that do not agree.
+    Raises ValueError for λ or ε_w outside its range, shapes that do not match or a mask that is not bool.
     """
     _require_range(lam, eps_w)
-    require_same_shape(teacher_logp=teacher_logp, student_logp=student_logp, mask=mask)
+    require_batch(mask, teacher_logp=teacher_logp, student_logp=student_logp)
+    require_same_shape(advantage=advantage, responses=mask[:, 0])
     A = advantage.unsqueeze(1)  # (B, 1)
-    require_same_shape(mask=mask, advantage=A.expand(-1, mask.shape[1]))
     w = evidence_weight(A, teacher_logp, student_logp, mask)
     multiplier = 1 + lam * (w.clamp(1 - eps_w, 1 + eps_w) - 1)
     if negative_only:

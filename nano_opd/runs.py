@@ -131,7 +131,7 @@ def report(
     teacher_correct (problems, 1) and correct (problems, 4) bool, and texts, the student's first answers, are fresh
     samples on held-out problems, drawn after the last update.
     """
-    figure = plots.training_curves(rows, cfg.eval_size, cfg.run_dir.name)
+    figure = plots.training_curves(rows, cfg.eval_size, cfg.response_cap, cfg.run_dir.name)
     checkpoint.write_atomically(cfg.run_dir / "curves.png", lambda file: figure.savefig(file, format="png", dpi=120))
 
     n, start, end = len(problems), rows[0], rows[-1]
