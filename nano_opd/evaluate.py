@@ -23,6 +23,28 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     return center - half, center + half
 
 
+# 97.5 % quantiles of Student's t at 1 … 30 degrees of freedom, to four digits
+T_975 = (
+    "12.71 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 2.120 2.110 2.101 2.093 "
+    "2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042"
+).split()
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean over seeds, or of paired differences over seeds, and the ends of its 95 % interval by Student's t.
+
+    One value has no interval: its ends are NaN. Raises ValueError for no value, or more than 31.
+    """
+    n = len(values)
+    if not 1 <= n <= 31:
+        raise ValueError(f"an interval needs 1 to 31 values, not {n}")
+    mean = sum(values) / n
+    if n == 1:
+        return mean, math.nan, math.nan
+    half = float(T_975[n - 2]) * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return mean, mean - half, mean + half
+
+
 def pass_at_k(correct: Tensor, k: int) -> float:
     """Mean over problems of 1 − C(n−c, k)/C(n, k): unbiased from n ≥ k samples, c of them right (arXiv 2107.03374).
 

@@ -127,3 +127,16 @@ def test_token_credit_by_hand():
     for token, cut in [(3, mask), (0, mask & (torch.arange(4) < 1))]:
         with pytest.raises(ValueError, match="inside a response of at least two tokens"):
             evaluate.token_credit(advantage, cut, torch.full((4,), token))
+
+
+def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    for n in (2, 5, 20, 31):
+        samples = torch.randn(4000, n, dtype=torch.float64, generator=generator)
+        covered = [low <= 0 <= high for _, low, high in map(evaluate.mean_interval, samples.tolist())]
+        assert abs(sum(covered) / 4000 - 0.95) < 0.015
+    mean, low, high = evaluate.mean_interval([3.0])
+    assert mean == 3 and low != low and high != high
+    for values in ([], [0.0] * 32):
+        with pytest.raises(ValueError, match="1 to 31 values"):
+            evaluate.mean_interval(values)
