@@ -44,8 +44,7 @@ def loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, divergenc
 
     student_logits (B, R, V) without r, differentiable; teacher_logits (B, R, V) with r
     """
-    teacher_logits = teacher_logits.detach()  # drops the pull of the teacher towards what the student says without r
-    return gkd.loss(student_logits, teacher_logits, mask, divergence)
+    return gkd.loss(student_logits, teacher_logits, mask, divergence)  # which detaches the teacher
 
 
 def information_gap(teacher_logp: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ A right response is credited most where knowing r makes the token likelier; a wr
 makes it less likely. w > 0, so Â never changes the sign of A: the teacher says how much, never which way, and what only
 a reader of r would do is rewarded no more than the verifier rewards it.
 
-Source: "Self-Distilled RLVR", arXiv 2604.03128, §3, with the options of its public code. What differs: the bracket is
-written 1 + λ (clip(w) − 1), the same number, so that λ = 0 or ε_w = 0 gives GRPO's bits.
+Source: "Self-Distilled RLVR", arXiv 2604.03128, §3, with the options of its public code. What differs from the paper:
+the divisor of the loss is the constant B (grpo.py), and on the first epoch the live P_S is the one that sampled.
 """
 
 import torch
@@ -48,13 +48,12 @@ def advantage(
     require_same_shape(advantage=advantage, responses=mask[:, 0])
     A = advantage.unsqueeze(1)  # (B, 1)
     w = evidence_weight(A, teacher_logp, student_logp, mask)
-    multiplier = 1 + lam * (w.clamp(1 - eps_w, 1 + eps_w) - 1)
+    multiplier = (1 - lam) + lam * w.clamp(1 - eps_w, 1 + eps_w)
     if negative_only:
         multiplier = torch.where(A < 0, multiplier, 1.0)
     if span is not None:
         multiplier = torch.where(span, multiplier, 1.0)
-    # drops nothing of A, a constant, and all that Â knows of θ through P_S: the weight is a judgement, not an objective
-    return torch.where(mask, A * multiplier, 0.0).detach()
+    return torch.where(mask, A * multiplier, 0.0)
 
 
 def evidence_weight(advantage: Tensor, teacher_logp: Tensor, student_logp: Tensor, mask: Tensor) -> Tensor:
@@ -63,7 +62,8 @@ def evidence_weight(advantage: Tensor, teacher_logp: Tensor, student_logp: Tenso
     advantage (B, 1) or (B, R); the others as in `advantage`
     """
     gain = torch.where(mask, teacher_logp - student_logp, 0.0)  # Δ
-    return torch.where(advantage == 0, 0.0, advantage.sign() * gain).exp().detach()  # drops ∇P_S: the sg of Δ
+    w = torch.where(advantage == 0, 0.0, advantage.sign() * gain).exp()
+    return w.detach()  # drops ∇P_S, the sg of Δ: the weight is a judgement, not an objective
 
 
 def clip_fraction(advantage: Tensor, teacher_logp: Tensor, student_logp: Tensor, mask: Tensor, eps_w: float) -> Tensor:

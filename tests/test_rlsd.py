@@ -53,7 +53,7 @@ def test_it_equals_a_scalar_loop_over_random_cases():
         torch.testing.assert_close(got, torch.tensor(want, **DOUBLE), rtol=1e-12, atol=1e-12, msg=f"case {case}")
 
 
-@pytest.mark.parametrize("lam,eps_w", [(0.0, 0.2), (0.0, 5.0), (0.1, 0.0), (0.7, 0.0), (1.0, 0.0)])
+@pytest.mark.parametrize("lam,eps_w", [(0.0, 0.2), (0.0, 5.0), *((n / 37, 0.0) for n in range(1, 38))])
 def test_lambda_zero_and_eps_zero_are_grpo_bit_for_bit(lam, eps_w, batch):
     A, teacher, student, mask = batch
     teacher = teacher.clone()
