@@ -1,6 +1,8 @@
 """The figures. Colours are from the Okabe–Ito palette, which colour-blind readers can tell apart."""
 
+import csv
 from collections.abc import Sequence
+from pathlib import Path
 
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -50,6 +52,17 @@ def training_curves(rows: Sequence[dict], eval_size: int, response_cap: int, tit
     for ax in axes.flat:
         ax.grid(alpha=0.3)
     return figure
+
+
+def read_results(path: Path | str) -> dict[str, list[list[dict]]]:
+    """A file of notebooks/results: arm → one list of rows per seed, as `seed_curves` takes them; None for no number."""
+    results: dict[str, dict[str, list[dict]]] = {}
+    with open(path) as file:
+        for row in csv.DictReader(file):
+            arm, seed = row.pop("arm"), row.pop("seed")
+            numbers = {name: float(value) if value else None for name, value in row.items()}
+            results.setdefault(arm, {}).setdefault(seed, []).append(numbers)
+    return {arm: list(seeds.values()) for arm, seeds in results.items()}
 
 
 def seed_curves(results: dict[str, list[list[dict]]], columns: dict[str, str], cap: int | None = None) -> Figure:

@@ -33,9 +33,11 @@ class Experiment:
     quick: str  # put last, so that it overrides what stands before
 
 
+PRIVILEGED = "--steps 600 --batch-size 64 --student-steps 190 --lr 3e-4 --eval-every 25 --eval-size 250"
+TINY = "--steps 4 --eval-every 2 --batch-size 8 --student-steps 5 --eval-size 20 --digits 1"
 EXPERIMENTS = {
     "rlsd": Experiment(
-        common="--steps 600 --batch-size 64 --student-steps 180 --lr 6e-4 --eval-size 250",
+        common=PRIVILEGED,
         arms={
             "grpo": "--method grpo",
             "opsd": "--method opsd",
@@ -44,7 +46,13 @@ EXPERIMENTS = {
             "rlsd, shuffled": "--method rlsd --reference shuffled",
         },
         seeds=5,
-        quick="--steps 4 --eval-every 2 --batch-size 8 --student-steps 5 --eval-size 20 --digits 1",
+        quick=TINY,
+    ),
+    "rlsd_clip": Experiment(
+        common=PRIVILEGED,
+        arms={f"λ=1, ε_w={eps}": f"--method rlsd --lam 1 --eps-w {eps}" for eps in ("0.2", "1", "10")},
+        seeds=3,
+        quick=TINY,
     ),
 }
 

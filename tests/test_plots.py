@@ -26,3 +26,11 @@ def test_seed_curves_draw_the_mean_over_seeds_and_skip_what_was_not_measured():
     assert list(one.get_xdata()) == [0, 2] and list(one.get_ydata()) == [1.5, 3.5] and list(two.get_ydata()) == [0, 2]
     band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((mean_interval([0, 1, 2, 3])[1], mean_interval([2, 3, 4, 5])[2]))
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('arm,seed,step,kl,leak_rate\na,0,0,0.5,\na,0,1,0.25,\na,1,0,1,0\n"b, c",0,0,2,\n')
+    results = plots.read_results(path)
+    assert list(results) == ["a", "b, c"] and [len(rows) for rows in results["a"]] == [2, 1]
+    assert results["a"][0][1] == {"step": 1, "kl": 0.25, "leak_rate": None} and results["a"][1][0]["leak_rate"] == 0
