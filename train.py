@@ -14,27 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_opd import (
-    arithmetic,
-    checkpoint,
-    config,
-    divergences,
-    gkd,
-    grpo,
-    opd,
-    opdplus,
-    opsd,
-    policy_gradient,
-    rlsd,
-    runs,
-    sft,
-)
+from nano_opd import arithmetic, checkpoint, gkd, grpo, opd, opdplus, opsd, policy_gradient, rlsd, runs, sft
 from nano_opd.checks import NumericalFault, require_finite
-from nano_opd.config import Config
+from nano_opd.config import Config, parse
 from nano_opd.device import keep_freed_memory, resolve
+from nano_opd.divergences import get as get_divergence
 from nano_opd.evaluate import evaluate, prompts_of, reasoning_span, rewards, sampled_correct, slots_of
 from nano_opd.gpt import GPT
-from nano_opd.rollout import Rollout, response_logits, response_logprobs, sample
+from nano_opd.rollout import Rollout, logprobs_of, response_logits, response_logprobs, sample
 from nano_opd.streams import numpy_stream, torch_stream
 
 
@@ -72,7 +59,7 @@ def warm_start(cfg: Config, who: str, device: torch.device, stop: runs.StopReque
 
 def distillation_loss(cfg: Config, student: GPT, teacher: GPT, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
     """score → advantage: the loss of gkd, opd or opdplus on a batch of rollouts, and what was measured on the way."""
-    divergence, mask = divergences.get(cfg.divergence), rollout.mask
+    divergence, mask = get_divergence(cfg.divergence), rollout.mask
     student_logits = response_logits(student, rollout.tokens, rollout.prompt_length).float()  # (B, R, V)
     with torch.no_grad():
         teacher_logits = response_logits(teacher, rollout.tokens, rollout.prompt_length).float()
@@ -80,10 +67,8 @@ def distillation_loss(cfg: Config, student: GPT, teacher: GPT, rollout: Rollout)
         return gkd.loss(student_logits, teacher_logits, mask, divergence, stop_gradient=cfg.method == "opd"), {}
 
     estimator = {"opd": opd, "opdplus": opdplus}[cfg.method]
-    token = rollout.responses.unsqueeze(-1)
-    student_logp = student_logits.log_softmax(-1).gather(-1, token).squeeze(-1)  # (B, R)
-    teacher_logp = teacher_logits.log_softmax(-1).gather(-1, token).squeeze(-1)
-    log_u, measured = teacher_logp - student_logp, {}
+    student_logp = logprobs_of(rollout.responses, student_logits)  # (B, R)
+    log_u, measured = logprobs_of(rollout.responses, teacher_logits) - student_logp, {}
     if cfg.log_u_clip > 0:
         measured["clip_fraction"] = (log_u.abs() > cfg.log_u_clip)[mask].float().mean()
         log_u = log_u.clamp(-cfg.log_u_clip, cfg.log_u_clip)
@@ -98,54 +83,44 @@ def reward_loss(
     cfg: Config, step: int, student: GPT, teacher: GPT, rollout: Rollout, batch: list[arithmetic.Problem]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """score → advantage: the loss of grpo, opsd, grpo+opsd or rlsd, whose teacher is a copy of the student."""
-    mask, token, loss, measured = rollout.mask, rollout.responses.unsqueeze(-1), 0.0, {}
+    mask, loss, measured = rollout.mask, 0.0, {}
     student_logits = response_logits(student, rollout.tokens, rollout.prompt_length).float()  # (B, R, V)
-    student_logp = student_logits.log_softmax(-1).gather(-1, token).squeeze(-1)  # (B, R)
+    student_logp = logprobs_of(rollout.responses, student_logits)  # (B, R)
     old_logp = rollout.logp if cfg.epochs > 1 else student_logp.detach()  # drops nothing: ratio 1, gradient in logp
     if cfg.method != "grpo":
-        references = arithmetic.draw_references(
-            batch, cfg.group_size, numpy_stream(cfg.seed, "reference", step), cfg.reference
-        )
-        view = opsd.privileged_view(
-            rollout.tokens, rollout.prompt_length, prompts_of(batch, student.device, references)
-        )
+        rng = numpy_stream(cfg.seed, "reference", step)
+        slots = arithmetic.draw_references(batch, cfg.group_size, rng, cfg.reference)
+        view = opsd.privileged_view(rollout.tokens, rollout.prompt_length, prompts_of(batch, student.device, slots))
         with torch.no_grad():
             teacher_logits = response_logits(teacher, *view).float()
     if cfg.method in ("opsd", "grpo+opsd"):
         coef = 1.0 if cfg.method == "opsd" else cfg.opsd_coef
-        loss = coef * opsd.loss(student_logits, teacher_logits, mask, divergences.get(cfg.divergence))
+        loss = coef * opsd.loss(student_logits, teacher_logits, mask, get_divergence(cfg.divergence))
     if cfg.method != "opsd":
         R = rewards(batch, rollout)  # (B,)
         A = grpo.advantage(R, cfg.group_size, normalize_std=cfg.loss_type == "grpo")
         measured |= {"reward": R.mean(), "zero_groups": grpo.zero_fraction(R, cfg.group_size)}
-        measured["clip_fraction"] = grpo.clip_fraction(student_logp, old_logp, mask, cfg.clip_low, cfg.clip_high)
         if cfg.method == "rlsd":
-            evidence = (
-                teacher_logits.log_softmax(-1).gather(-1, token).squeeze(-1),
-                old_logp if cfg.student_logp == "sampling" else student_logp,
-                mask,
-            )
+            P_S = old_logp if cfg.student_logp == "sampling" else student_logp
+            evidence = logprobs_of(rollout.responses, teacher_logits), P_S, mask
             measured["weight_clip_fraction"] = rlsd.clip_fraction(A, *evidence, cfg.eps_w)
             lam = rlsd.lam_at(step, cfg.lam, cfg.lam_warmup, cfg.lam_decay)
             span = reasoning_span(rollout) if cfg.reasoning_only else None
             A = rlsd.advantage(A, *evidence, lam, cfg.eps_w, cfg.negative_only, span)
-        loss = loss + grpo.clipped_surrogate(
-            student_logp, old_logp, A, mask, cfg.clip_low, cfg.clip_high, cfg.normalize
-        )
+        clip = cfg.clip_low, cfg.clip_high
+        measured["clip_fraction"] = grpo.clip_fraction(student_logp, old_logp, mask, *clip)
+        loss = loss + grpo.clipped_surrogate(student_logp, old_logp, A, mask, *clip, cfg.normalize)
     return loss, measured
 
 
 def objective(cfg: Config, step: int, student: GPT, teacher: GPT) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
     """Draw the update's problems, let the student answer, and return the loss of one epoch on what was sampled."""
-    prompts_per_batch = cfg.batch_size // cfg.group_size if cfg.privileged else cfg.batch_size
-    batch = problems(cfg, "problems", prompts_per_batch, step)
+    copies = cfg.group_size if cfg.privileged else 1
+    batch = [p for p in problems(cfg, "problems", cfg.batch_size // copies, step) for _ in range(copies)]
     if cfg.method == "sft":
         tokens = sft.solution_tokens(batch, student.device)
         return lambda: (sft.loss(student, tokens, cfg.prompt_length), {})
-    slots = None
-    if cfg.privileged:
-        batch = [problem for problem in batch for _ in range(cfg.group_size)]
-        slots = slots_of(batch, "blank")
+    slots = slots_of(batch, "blank") if cfg.privileged else None
     generator = torch_stream(cfg.seed, "rollout", step, student.device)
     rollout = sample(student, prompts_of(batch, student.device, slots), cfg.response_cap, generator)
     if not cfg.privileged:
@@ -160,7 +135,7 @@ def objective(cfg: Config, step: int, student: GPT, teacher: GPT) -> Callable[[]
 def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """One step of training; returns its columns of metrics.csv.
 
-    Raises NumericalFault, before the weights have changed, when a log-prob, the loss or its gradient is not finite.
+    Raises NumericalFault, before a weight has followed it, when a log-prob, the loss or its gradient is not finite.
     """
     if cfg.privileged and cfg.teacher_sync and step % cfg.teacher_sync == 0:
         teacher.load_state_dict(student.state_dict())
@@ -231,7 +206,7 @@ def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> li
 
 def main(arguments: list[str] | None = None) -> None:
     """One run, from its command line to its files."""
-    cfg = config.parse(arguments)
+    cfg = parse(arguments)
     stop = runs.StopRequest()
     try:
         with runs.claim(cfg):

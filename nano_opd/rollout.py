@@ -116,5 +116,9 @@ def response_logprobs(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:
 
     tokens (B, P+R). Positions after the EOS hold the log-prob of PAD and mean nothing: mask them.
     """
-    logp = response_logits(model, tokens, prompt_length).float().log_softmax(-1)
-    return logp.gather(-1, tokens[:, prompt_length:, None])[..., 0]
+    return logprobs_of(tokens[:, prompt_length:], response_logits(model, tokens, prompt_length).float())
+
+
+def logprobs_of(responses: Tensor, logits: Tensor) -> Tensor:
+    """log-probs (B, R), in nats, of the tokens `responses` (B, R) under the logits (B, R, V) that predict them."""
+    return logits.log_softmax(-1).gather(-1, responses.unsqueeze(-1)).squeeze(-1)
