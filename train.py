@@ -12,16 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nano_opd import arithmetic, checkpoint, config, divergences, gkd, opd, opdplus, policy_gradient, runs, sft
+from nano_opd.checks import NumericalFault, require_finite
 from nano_opd.config import Config
 from nano_opd.device import keep_freed_memory, resolve
 from nano_opd.evaluate import evaluate, prompts_of, sampled_correct
 from nano_opd.gpt import GPT
 from nano_opd.rollout import Rollout, response_logits, sample
 from nano_opd.streams import numpy_stream, torch_stream
-
-
-class NumericalFault(ArithmeticError):
-    """A loss or a gradient that is not finite."""
 
 
 def progress(total: int, label: str) -> tqdm:
@@ -35,7 +32,7 @@ def problems(cfg: Config, purpose: str, size: int, step: int = 0, held_out: bool
     return arithmetic.sample_problems(cfg.task, cfg.digits, size, rng, held_out)
 
 
-def warm_start(cfg: Config, who: str, device: torch.device) -> GPT:
+def warm_start(cfg: Config, who: str, device: torch.device, stop: runs.StopRequest) -> GPT:
     """The supervised "teacher" or "student": trained once, then read from the cache."""
     torch.manual_seed(torch_stream(cfg.seed, f"{who} weights").initial_seed())
     model = GPT(cfg.gpt(who)).to(device)
@@ -45,7 +42,9 @@ def warm_start(cfg: Config, who: str, device: torch.device) -> GPT:
         return model
     course = problems(cfg, f"{who} solutions", key["steps"] * cfg.sft_batch_size)
     with progress(key["steps"], f"{who} warm start") as bar:
-        sft.train(model, course, cfg.sft_batch_size, cfg.sft_lr, on_step=bar.update)
+        for _ in sft.train(model, course, cfg.sft_batch_size, cfg.sft_lr):
+            bar.update()
+            stop.check()
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, key, model.state_dict())
     return model
@@ -78,7 +77,7 @@ def distillation_loss(cfg: Config, student: GPT, teacher: GPT, rollout: Rollout)
 def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """One step of training; returns its columns of metrics.csv.
 
-    Raises NumericalFault, before any weight has changed, when the loss or its gradient is not finite.
+    Raises NumericalFault, before any weight has changed, when a log-prob, the loss or its gradient is not finite.
     """
     batch, measured = problems(cfg, "problems", cfg.batch_size, step), {}
     if cfg.method == "sft":
@@ -90,28 +89,31 @@ def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.
     optimizer.zero_grad()
     loss.backward()
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip or float("inf"))
-    if not torch.isfinite(loss + grad_norm):
-        raise NumericalFault(
-            f"update {step}: the loss is {loss.item()}, its gradient norm {grad_norm.item()}; likely teacher and "
-            f"student judge some token so differently that its {cfg.divergence} reward overflows: lower --lr, or bound "
-            "it with --log-u-clip"
-        )
+    likely = "teacher and student judge some token so differently that its reward overflows: lower --lr"
+    require_finite("loss", loss, likely)
+    require_finite("norm of its gradient", grad_norm, likely)
     optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
     optimizer.step()
     return {name: value.item() for name, value in {"loss": loss, "grad_norm": grad_norm, **measured}.items()}
 
 
-def train(cfg: Config, student: GPT, teacher: GPT) -> list[dict]:
-    """The loop. Evaluates and saves every `eval_every` updates; returns the rows of metrics.csv."""
+def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> list[dict]:
+    """The loop. Evaluates and saves every `eval_every` updates; returns the rows of metrics.csv.
+
+    Raises NumericalFault as `update` does, and Interrupted, everything saved, after the step in which a signal came.
+    """
     optimizer = sft.adamw(student, cfg.lr)
     held_out = problems(cfg, "held-out", 4 * cfg.eval_size, held_out=True)
     rows, first, started = [], 0, time.monotonic()
     if state := runs.load(cfg, student.device):
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-        rows = state["rows"][:first]  # its own row is measured again
-        started -= state["rows"][first]["seconds"]
+        first, rows = state["step"], state["rows"][: state["step"]]  # the row of the step itself is measured again
+        started -= state["seconds"]
+
+    def save(step: int) -> None:
+        weights = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
+        runs.save(cfg, {"step": step, "seconds": time.monotonic() - started, "rows": rows} | weights)
 
     with progress(cfg.steps, cfg.run_dir.name) as bar:
         bar.update(first)
@@ -123,8 +125,7 @@ def train(cfg: Config, student: GPT, teacher: GPT) -> list[dict]:
                 generator = torch_stream(cfg.seed, "evaluation", step, student.device)
                 some = held_out if step in (0, cfg.steps) else held_out[: cfg.eval_size]
                 row |= evaluate(student, teacher, some, cfg.response_cap, generator)
-                weights = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
-                runs.save(cfg, {"step": step, "rows": rows} | weights)
+                save(step)
                 bar.set_postfix(accuracy=f"{row['accuracy']:.3f}", kl=f"{row['kl']:.3f}")
                 if bar.disable:
                     print(
@@ -132,27 +133,42 @@ def train(cfg: Config, student: GPT, teacher: GPT) -> list[dict]:
                         flush=True,
                     )
             if step < cfg.steps:
-                row |= update(cfg, step, student, teacher, optimizer)
+                try:
+                    row |= update(cfg, step, student, teacher, optimizer)
+                except NumericalFault as fault:
+                    raise NumericalFault(f"update {step}: {fault}") from None
                 bar.update()
+                if stop.signal:
+                    save(step + 1)
+                    stop.check()
     return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
     """One run, from its command line to its files."""
     cfg = config.parse(arguments)
-    device = resolve(cfg.device)
-    keep_freed_memory()
+    stop = runs.StopRequest()
     try:
-        runs.claim(cfg)
-        teacher = warm_start(cfg, "teacher", device).requires_grad_(False)
-        student = warm_start(cfg, "student", device)
-        rows = train(cfg, student, teacher)
-    except (checkpoint.CheckpointError, runs.RunFolderError) as error:
+        with runs.claim(cfg):
+            run(cfg, stop)
+    except (checkpoint.CheckpointError, checkpoint.WriteError, runs.RunFolderError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except NumericalFault as error:
         print(f"train.py: {error}. The last good state is in {cfg.run_dir / 'checkpoint.pt'}", file=sys.stderr)
         sys.exit(1)
+    except runs.Interrupted:
+        print(f"train.py: stopped; the same command with --resume continues {cfg.run_dir}", file=sys.stderr)
+        sys.exit(128 + stop.signal)
+
+
+def run(cfg: Config, stop: runs.StopRequest) -> None:
+    """Warm starts, the loop, the report."""
+    device = resolve(cfg.device)
+    keep_freed_memory()
+    teacher = warm_start(cfg, "teacher", device, stop).requires_grad_(False)
+    student = warm_start(cfg, "student", device, stop)
+    rows = train(cfg, student, teacher, stop)
     shown = problems(cfg, "answers", 4 * cfg.eval_size, held_out=True)
     generator = torch_stream(cfg.seed, "answers", device=device)
     teacher_correct, _ = sampled_correct(teacher, shown, 1, cfg.response_cap, generator)

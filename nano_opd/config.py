@@ -5,6 +5,7 @@ The command line is made from this dataclass, and the dataclass that ran is the 
 
 import argparse
 import dataclasses
+import difflib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -82,7 +83,9 @@ class Config:
                 *(field.metadata[k] for k in ("choices", "low", "high")),
             )
             if choices and value not in choices:
-                raise ValueError(f"{_flag(field.name)} {value}: choose from {', '.join(choices)}")
+                near = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ValueError(f"{_flag(field.name)} {value}: choose from {', '.join(choices)}{hint}")
             if low is not None and not (low <= value <= high if high is not None else low <= value < float("inf")):
                 allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
                 raise ValueError(f"{_flag(field.name)} {value}: must be {allowed}")
@@ -159,7 +162,7 @@ def parse(arguments: list[str] | None = None) -> Config:
     for name, field in fields.items():
         kind = {"action": "store_true"} if field.type is bool else {"type": field.type, "metavar": field.type.__name__}
         if field.metadata["choices"]:
-            kind = {"choices": field.metadata["choices"]}
+            kind = {"type": str, "metavar": "{" + ",".join(field.metadata["choices"]) + "}"}
         only = "" if field.metadata["methods"] == METHODS else f" [{', '.join(field.metadata['methods'])}]"
         default = "" if field.type is bool else f" (default: {field.default})"
         parser.add_argument(_flag(name), help=field.metadata["help"].replace("%", "%%") + only + default, **kind)

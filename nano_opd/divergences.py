@@ -55,9 +55,10 @@ def _alpha_f(x: Tensor, alpha: float) -> Tensor:
 
     The two terms cancel near u = 1; there it is the power series Σ_{k≥2} (1 + α + … + α^{k−2}) x^k/k!.
     """
-    finite = x.where(x.isfinite(), 0.0)
-    f = exp(finite) * _box_cox(finite, alpha - 1) - _box_cox(finite, alpha)
-    f = f.where(x > -math.inf, -_box_cox(x, alpha)).where(x < math.inf, x)  # the limits, where the product is 0 · ∞
+    w = _box_cox(x, alpha)
+    above_zero = x.where(x > -math.inf, 0.0)  # the product is 0 · ∞ at u = 0, where f → −w_f
+    f = exp(above_zero) * _box_cox(above_zero, alpha - 1) - w
+    f = f.where(x > -math.inf, -w).where(w != math.inf, math.inf)  # where w_f overflows, f does
     near_one = x.clamp(-0.1, 0.1)
     series = sum(sum(alpha**j for j in range(k - 1)) / math.factorial(k) * near_one**k for k in range(2, 9))
     return torch.where(x.abs() * max(1, abs(alpha)) < 0.1, series, f)

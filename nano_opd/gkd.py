@@ -11,8 +11,8 @@ variance. With `stop_gradient` it is the mean of OPD's instead: that estimator's
 import torch
 from torch import Tensor
 
+from nano_opd.checks import require_mask, require_same_shape
 from nano_opd.divergences import Divergence
-from nano_opd.policy_gradient import require_same_shape
 
 
 def loss(
@@ -25,10 +25,11 @@ def loss(
     mask            (B, R) bool
     stop_gradient   treat f(u) as a constant, as OPD does
 
-    Raises ValueError when the shapes do not agree.
+    Raises ValueError when the shapes do not agree, or the mask is not bool.
     """
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     require_same_shape(student_logits=student_logits[..., 0], mask=mask)
+    require_mask(mask)
     student_logp = student_logits.log_softmax(-1)
     teacher_logp = teacher_logits.detach().log_softmax(-1)  # drops nothing: the teacher is not trained
     log_u = torch.where(mask.unsqueeze(-1), teacher_logp - student_logp, 0.0)  # f(1) = 0; masked before the exp in f

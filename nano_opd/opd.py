@@ -15,8 +15,9 @@ are the same divergence, with two different −f.
 import torch
 from torch import Tensor
 
+from nano_opd.checks import require_mask, require_same_shape
 from nano_opd.divergences import Divergence
-from nano_opd.policy_gradient import future_return, require_same_shape
+from nano_opd.policy_gradient import future_return
 
 
 def advantage(
@@ -26,9 +27,12 @@ def advantage(
 
     log_u     (B, R) teacher_logp − student_logp at the sampled tokens, nats
     mask      (B, R) bool
-    gamma     discount γ ∈ [0, 1] of the rewards still to come; ValueError outside
+    gamma     discount γ ∈ [0, 1] of the rewards still to come
     baseline  (B, R) or None: any function of the prefix s_n, subtracted
+
+    Raises ValueError for γ outside [0, 1], shapes that do not match, or a mask that is not bool.
     """
+    require_mask(mask)
     require_same_shape(log_u=log_u, mask=mask)
     log_u = torch.where(mask, log_u, 0.0).detach()  # drops ∇u: the term u f′(u) ∇log p is lost
     reward = divergence.stop_gradient(log_u)  # f(1) = 0: nothing behind the EOS
@@ -44,7 +48,10 @@ def exact_baseline(student_logits: Tensor, teacher_logits: Tensor, divergence: D
     """E_{v∼p}[−f(u_v)] = −D_f(q‖p) at each prefix, in closed form from both distributions; (B, R), detached.
 
     student_logits, teacher_logits  (B, R, V)
+
+    Raises ValueError when their shapes differ.
     """
+    require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     student_logp = student_logits.detach().log_softmax(-1)  # drops nothing: a baseline is a constant
     log_u = teacher_logits.detach().log_softmax(-1) - student_logp
     return (student_logp.exp() * divergence.stop_gradient(log_u)).sum(-1)

@@ -9,7 +9,7 @@ from nano_opd.evaluate import wilson
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
-def training_curves(rows: Sequence[dict], eval_size: int, title: str) -> Figure:
+def training_curves(rows: Sequence[dict], eval_size: int, response_cap: int, title: str) -> Figure:
     """curves.png of one run: accuracy with its 95 % interval, KL and entropy, response length, gradient norm.
 
     rows  the rows of metrics.csv as dicts; None where nothing was measured
@@ -37,7 +37,9 @@ def training_curves(rows: Sequence[dict], eval_size: int, title: str) -> Figure:
 
     ax = axes[1, 0]
     ax.plot(steps, [r["response_length"] for r in measured], color=COLORS[0])
-    ax.set(ylabel="response length (tokens)", xlabel="update", ylim=(0, None))
+    ax.axhline(response_cap, color="black", linestyle="--", linewidth=0.8, label="cap")
+    ax.set(ylabel="response length (tokens)", xlabel="update", ylim=(0, 1.1 * response_cap))
+    ax.legend()
 
     ax = axes[1, 1]
     updates = [r for r in rows if r["grad_norm"]]

@@ -12,12 +12,7 @@ makes the divisor depend on the sampled EOS: then E[c ∇log p] = 0 no longer ho
 import torch
 from torch import Tensor
 
-
-def require_same_shape(**tensors: Tensor) -> None:
-    """Raises ValueError naming the shapes when they differ: broadcasting would turn the mistake into a number."""
-    if len({tuple(t.shape) for t in tensors.values()}) > 1:
-        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
-        raise ValueError(f"shapes must be equal: {shapes}")
+from nano_opd.checks import require_mask, require_same_shape
 
 
 def loss(logp: Tensor, advantage: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
@@ -28,11 +23,15 @@ def loss(logp: Tensor, advantage: Tensor, mask: Tensor, normalize: str = "batch"
     mask       (B, R) bool, True up to and including the first EOS
     normalize  "batch" is unbiased. "token_mean" and "sequence_mean" are here to be compared, and are biased.
 
-    Raises ValueError if the advantage carries a gradient, or for an unknown `normalize`.
+    Raises ValueError if the advantage carries a gradient, for shapes that do not match, a mask that is not bool, or an
+    unknown `normalize`.
     """
     if advantage.requires_grad:
         raise ValueError("the advantage carries a gradient: a method must return it detached")
-    require_same_shape(logp=logp, mask=mask, advantage=advantage.expand_as(logp))
+    require_mask(mask)
+    if advantage.shape != (len(logp), 1):
+        require_same_shape(logp=logp, advantage=advantage)
+    require_same_shape(logp=logp, mask=mask)
     terms = torch.where(mask, -advantage * logp, 0.0)  # where, not ×: 0 · ∞ behind the EOS would be NaN
     if normalize == "batch":
         return terms.sum() / len(terms)

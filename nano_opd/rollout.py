@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nano_opd.checks import require_finite
 from nano_opd.gpt import GPT
 from nano_opd.tokenizer import EOS, PAD
 
@@ -61,7 +62,8 @@ def sample(
     """Continue prompts (B, P) by up to max_new_tokens tokens each; stops early when every row has ended.
 
     Only with evaluation=True: another temperature (0 is greedy) or a top-k. `logp` is always that of the model itself.
-    Raises ValueError for such sampling in training, or for sizes below 1.
+    Raises ValueError for such sampling in training, or for sizes below 1; NumericalFault for log-probs that are not
+    finite.
     """
     if not evaluation and (temperature != 1.0 or top_k is not None):
         raise ValueError(
@@ -88,6 +90,7 @@ def sample(
         if n + 1 == max_new_tokens or not alive.any():
             break
         logits = model(tokens[:, P + n : P + n + 1], cache, start=P + n)[:, -1]
+    require_finite("log-prob of a sampled token", logp, "the weights of the model have overflowed")
     return Rollout(tokens, P, mask, logp)
 
 

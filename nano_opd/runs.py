@@ -1,10 +1,15 @@
 """A run's folder: config.json, metrics.csv, checkpoint.pt and curves.png, and the table printed at the end."""
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
+import os
+import signal
+from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from nano_opd import arithmetic, checkpoint, plots
@@ -20,13 +25,38 @@ COLUMNS = (
 
 
 class RunFolderError(ValueError):
-    """The folder belongs to something else; the message is one sentence that says what to do."""
+    """A folder that this run cannot have; the message is one sentence that says why and what to do."""
 
 
-def claim(cfg: Config) -> None:
-    """Make the run's folder and write its config.json.
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM arrived, and everything is saved."""
 
-    Raises RunFolderError, and changes nothing, for a folder that holds another run, or this one without --resume.
+
+class StopRequest:
+    """The first SIGINT or SIGTERM, kept until the step is finished; a second one ends the process at once."""
+
+    signal: int | None = None
+
+    def __init__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._keep)
+
+    def _keep(self, number: int, frame) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal has arrived."""
+        if self.signal is not None:
+            raise Interrupted
+
+
+@contextlib.contextmanager
+def claim(cfg: Config) -> Iterator[None]:
+    """Hold the run's folder, with this run's config.json in it, for the length of a `with`.
+
+    Raises RunFolderError, and changes nothing, for a folder that holds another run, or this one without --resume, or
+    that another process is writing to.
     """
     path = cfg.run_dir / "config.json"
     if path.exists():
@@ -42,21 +72,49 @@ def claim(cfg: Config) -> None:
             raise RunFolderError(f"{cfg.run_dir} holds another run ({'; '.join(different)}): give another --out-dir")
         if not cfg.resume:
             raise RunFolderError(
-                f"{cfg.run_dir} holds this run already: continue with --resume, or give another --out-dir"
+                f"{cfg.run_dir} holds this run already: add --resume to continue it, or give another --out-dir"
             )
-    cfg.run_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(cfg), indent=2)
-    checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+    try:
+        cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"--out-dir {cfg.out_dir}: cannot make {cfg.run_dir} ({error.strerror})") from None
+    with _locked(cfg):
+        for litter in cfg.run_dir.glob(".*.tmp"):  # a process that was killed while it wrote
+            litter.unlink()
+        if not path.exists():
+            text = json.dumps(dataclasses.asdict(cfg), indent=2)
+            checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+        yield
 
 
-def load(cfg: Config, device) -> dict | None:
+@contextlib.contextmanager
+def _locked(cfg: Config) -> Iterator[None]:
+    """An advisory lock on the folder itself: it leaves no file behind and dies with its process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; there, two runs in one folder are the user's to avoid
+        yield
+        return
+    folder = os.open(cfg.run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise RunFolderError(
+            f"another process is writing to {cfg.run_dir}: wait for it, or give another --out-dir"
+        ) from None
+    finally:
+        os.close(folder)
+
+
+def load(cfg: Config, device: torch.device) -> dict | None:
     """The state of the last checkpoint, or None before the first. Raises CheckpointError as checkpoint.load does."""
     path = cfg.run_dir / "checkpoint.pt"
     return checkpoint.load(path, cfg.run_key(), device) if path.exists() else None
 
 
 def save(cfg: Config, state: dict) -> None:
-    """checkpoint.pt, then metrics.csv and curves.png from its rows, each whole or as it was."""
+    """checkpoint.pt, then metrics.csv from its rows, each whole or as it was."""
     checkpoint.save(cfg.run_dir / "checkpoint.pt", cfg.run_key(), state)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -73,7 +131,7 @@ def report(
     teacher_correct (problems, 1) and correct (problems, 4) bool, and texts, the student's first answers, are fresh
     samples on held-out problems, drawn after the last update.
     """
-    figure = plots.training_curves(rows, cfg.eval_size, cfg.run_dir.name)
+    figure = plots.training_curves(rows, cfg.eval_size, cfg.response_cap, cfg.run_dir.name)
     checkpoint.write_atomically(cfg.run_dir / "curves.png", lambda file: figure.savefig(file, format="png", dpi=120))
 
     n, start, end = len(problems), rows[0], rows[-1]

@@ -5,7 +5,7 @@
 It is policy_gradient.loss with the solution in the place of the sample and A = 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -35,22 +35,16 @@ def adamw(model: GPT, lr: float) -> torch.optim.AdamW:
     )
 
 
-def train(
-    model: GPT,
-    problems: list[arithmetic.Problem],
-    batch_size: int,
-    lr: float,
-    on_step: Callable[[], None] = lambda: None,
-) -> None:
-    """One pass over the problems' worked solutions, in place; the learning rate decays linearly to 0."""
-    if not problems:
-        return
+def train(model: GPT, problems: list[arithmetic.Problem], batch_size: int, lr: float) -> Iterator[None]:
+    """One pass over the problems' worked solutions, in place; yields after each update.
+
+    The learning rate decays linearly to 0.
+    """
     tokens = solution_tokens(problems, model.device)  # all in advance: the loop does nothing but train
     optimizer = adamw(model, lr)
-    batches = tokens.split(batch_size)
-    for step, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = lr * (1 - step / len(batches))
+    for first in range(0, len(problems), batch_size):
+        optimizer.param_groups[0]["lr"] = lr * (1 - first / len(problems))
         optimizer.zero_grad()
-        loss(model, batch, arithmetic.prompt_length(problems[0].digits)).backward()
+        loss(model, tokens[first : first + batch_size], arithmetic.prompt_length(problems[0].digits)).backward()
         optimizer.step()
-        on_step()
+        yield

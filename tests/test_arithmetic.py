@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nano_opd import arithmetic
 from nano_opd.arithmetic import Problem
+from nano_opd.tokenizer import ALPHABET
 
 SIZES = [(task, digits) for task in arithmetic.TASK_NAMES for digits in (1, 2, 3, 8)]
 PYTHON = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b}
@@ -109,3 +112,17 @@ def test_problems_are_uniform(rng):
 def test_unknown_tasks_and_sizes_are_refused(task, digits, rng):
     with pytest.raises(ValueError, match="unknown task 'div'; choose from add|digits must lie in 1 … 8"):
         arithmetic.sample_problems(task, digits, 1, rng)
+
+
+@given(st.sampled_from(list(arithmetic.TASKS)), st.integers(1, 8), st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_text_can_be_verified_and_explained(task, digits, data):
+    """The verifier agrees with Python's int() on whatever stands after the last #, for arbitrary answers and noise."""
+    a, b = data.draw(st.integers(0, 10**digits - 1)), data.draw(st.integers(0, 9 if task == "mul" else 10**digits - 1))
+    problem = Problem(task, digits, max(a, b) if task == "sub" else a, min(a, b) if task == "sub" else b)
+    text = data.draw(st.text(ALPHABET, max_size=30) | st.just(arithmetic.solution(problem)))
+    answer = text.split("#")[-1] if "#" in text else ""
+    right = answer.isdecimal() and int(answer) == PYTHON[task](problem.a, problem.b)
+    assert arithmetic.verify(problem, text) == right
+    explanation = arithmetic.first_broken_step(problem, text)
+    assert (explanation is None) == (text == arithmetic.solution(problem))

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nano_opd import divergences
 
@@ -174,3 +176,13 @@ def test_names():
     for bad in ("alpha=", "alpha=nan", "alpha=inf", "alpha=x"):
         with pytest.raises(ValueError, match="finite number"):
             divergences.get(bad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(x=st.floats(-80, 80) | st.sampled_from([-math.inf, math.inf]))
+@settings(max_examples=60, deadline=None)
+def test_no_log_ratio_gives_nan(name, x):
+    d = divergences.get(name)
+    for dtype in (torch.float32, torch.float64):
+        for function in (d.f, d.f_prime, d.stop_gradient, d.unbiased):
+            assert not function(torch.tensor([x], dtype=dtype)).isnan().any()

@@ -1,7 +1,11 @@
 """OPD, OPD+, GKD and the policy gradient on hand-made batches: signs, masks, returns, detached or not."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nano_opd import divergences, gkd, opd, opdplus, policy_gradient
 
@@ -143,6 +147,10 @@ def test_misuse_is_refused(batch, logits):
     d = divergences.get("jsd")
     with pytest.raises(ValueError, match="carries a gradient"):
         policy_gradient.loss(log_u, log_u.clone().requires_grad_(), mask)
+    with pytest.raises(ValueError, match="mask must be bool, not torch.float64"):
+        policy_gradient.loss(log_u, log_u, mask.double())
+    with pytest.raises(ValueError, match=r"logp \(6, 5\), advantage \(1, 5\)"):
+        policy_gradient.loss(log_u, log_u[:1], mask)
     with pytest.raises(ValueError, match="unknown normalize 'mean'"):
         policy_gradient.loss(log_u, log_u, mask, "mean")
     for gamma in (-0.1, 1.5, float("nan")):
@@ -159,3 +167,32 @@ def test_misuse_is_refused(batch, logits):
         gkd.loss(logits[0], logits[1][:, :, :6], mask, d)
     with pytest.raises(ValueError, match="shapes must be equal"):
         gkd.loss(*logits, mask[:, :4], d)
+
+
+@given(data=st.data(), lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_rows_are_independent_and_empty_responses_weigh_nothing(data, lengths):
+    """The advantages of a batch are those of its rows alone; a response of no tokens adds nothing but its place in B."""
+    name, gamma = data.draw(st.sampled_from(NAMES)), data.draw(st.sampled_from([0.0, 0.3, 1.0]))
+    values = data.draw(st.lists(st.floats(-20, 20), min_size=6 * len(lengths), max_size=6 * len(lengths)))
+    log_u = torch.tensor(values, dtype=torch.float64).view(len(lengths), 6)
+    mask = torch.arange(6) < torch.tensor(lengths).unsqueeze(1)
+    d = divergences.get(name)
+    for method in (opd, opdplus):
+        A = method.advantage(log_u, mask, d, gamma)
+        assert A.isfinite().all() and (A[~mask] == 0).all()
+        for b, L in enumerate(lengths):
+            if L:
+                alone = method.advantage(log_u[b : b + 1, :L], mask[b : b + 1, :L], d, gamma)
+                torch.testing.assert_close(A[b : b + 1, :L], alone)
+        total = policy_gradient.loss(log_u, A, mask) * len(lengths)
+        parts = [policy_gradient.loss(log_u[b : b + 1], A[b : b + 1], mask[b : b + 1]) for b in range(len(lengths))]
+        torch.testing.assert_close(total, sum(parts))
+
+
+@pytest.mark.parametrize(
+    "name,limit", [("jsd", -math.log(2) / 2), ("forward_kl", 0.0), ("tv", -0.5), ("reverse_kl", -math.inf)]
+)
+def test_a_sampled_token_that_the_teacher_forbids_has_the_limit_for_its_advantage(name, limit):
+    A = opdplus.advantage(torch.tensor([[-math.inf, 0.0]]), torch.ones(1, 2, dtype=torch.bool), divergences.get(name))
+    assert A[0, 0].item() == pytest.approx(limit) and A[0, 1].isfinite()

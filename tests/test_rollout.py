@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from nano_opd.checks import NumericalFault
 from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.rollout import Rollout, prompt_tensor, response_logits, response_logprobs, sample
 from nano_opd.tokenizer import EOS, PAD, VOCAB_SIZE
@@ -120,6 +121,13 @@ def test_ragged_or_missing_prompts_are_refused():
 def test_sizes_below_one_are_refused(model, prompts):
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         sample(model, prompts, 0)
+
+
+def test_weights_that_have_overflowed_are_named(model, prompts):
+    with torch.no_grad():
+        model.blocks[0].mlp_out.weight[0, 0] = torch.nan
+    with pytest.raises(NumericalFault, match="log-prob of a sampled token is not finite in .* likely the weights"):
+        sample(model, prompts, R, torch.Generator().manual_seed(0))
 
 
 def test_rollout_is_frozen(rollout):

@@ -1,0 +1,77 @@
+"""Intervals, pass@k, rewards, and the KL and entropy of an evaluation against their definitions."""
+
+import itertools
+
+import pytest
+import torch
+
+from nano_opd import arithmetic, evaluate
+from nano_opd.gpt import GPT, GPTConfig
+from nano_opd.rollout import Rollout, sample
+from nano_opd.streams import numpy_stream, torch_stream
+from nano_opd.tokenizer import EOS, PAD, VOCAB_SIZE, encode
+
+
+def test_wilson_covers_the_truth():
+    """Exact coverage over all outcomes of 60 trials: at least 93 % for every p, and never outside [0, 1]."""
+    n = 60
+    for p in torch.linspace(0.02, 0.98, 25).tolist():
+        binomial = torch.distributions.Binomial(n, torch.tensor(p, dtype=torch.float64))
+        covered = 0.0
+        for k in range(n + 1):
+            low, high = evaluate.wilson(k, n)
+            assert -1e-12 <= low < high <= 1 + 1e-12
+            covered += binomial.log_prob(torch.tensor(float(k))).exp().item() * (low <= p <= high)
+        assert covered > 0.92
+    assert evaluate.wilson(0, 500)[1] < 0.01 < 0.99 < evaluate.wilson(500, 500)[0]
+
+
+def test_pass_at_k_is_the_chance_that_k_of_the_samples_contain_a_right_one():
+    correct = torch.rand(6, 5, generator=torch.Generator().manual_seed(0)) < 0.3
+    for k in range(1, 6):
+        subsets = list(itertools.combinations(range(5), k))
+        want = sum(correct[:, list(s)].any(1).float().mean().item() for s in subsets) / len(subsets)
+        assert evaluate.pass_at_k(correct, k) == pytest.approx(want)
+    for k in (0, 6):
+        with pytest.raises(ValueError, match=f"k={k} of 5"):
+            evaluate.pass_at_k(correct, k)
+
+
+def test_a_right_answer_counts_only_with_its_eos():
+    problem = arithmetic.Problem("add", 1, 2, 3)
+    texts = ["2+3=05 #05", "2+3=05 #06", "2+3=05 #05"]
+    rows = [encode(arithmetic.prompt(problem) + text) for text in texts]
+    tokens = torch.tensor([rows[0] + [EOS, PAD], rows[1] + [EOS, PAD], rows[2] + encode("  ")])
+    mask = torch.tensor([[True] * 11 + [False], [True] * 11 + [False], [True] * 12])
+    rollout = Rollout(tokens, 4, mask, torch.zeros(3, 12))
+    assert evaluate.rewards([problem] * 3, rollout).tolist() == [1, 0, 0]
+    cut = Rollout(tokens[2:, :-2], 4, mask[2:, :-2], torch.zeros(1, 10))  # the right answer, but never an EOS
+    assert cut.truncated.item() and evaluate.rewards([problem], cut).tolist() == [0]
+
+
+@pytest.fixture
+def models():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(VOCAB_SIZE, 20)), GPT(GPTConfig(VOCAB_SIZE, 20, 3, 4, 32))
+
+
+@torch.no_grad()
+def test_kl_and_entropy_are_means_over_the_sampled_tokens(models):
+    student, teacher = models
+    problems = arithmetic.sample_problems("add", 1, 40, numpy_stream(0, "x"))
+    got = evaluate.evaluate(student, teacher, problems, 16, torch_stream(0, "y"))
+    rollout = sample(student, evaluate.prompts_of(problems), 16, torch_stream(0, "y"))
+    kl, entropy, tokens = 0.0, 0.0, 0
+    for row, mask in zip(rollout.tokens, rollout.mask):  # token by token, one prefix at a time
+        for n in range(int(mask.sum())):
+            p, q = (model(row[None, : 4 + n])[0, -1].double().softmax(-1) for model in models)
+            kl, entropy, tokens = kl + (p * (p / q).log()).sum(), entropy - (p * p.log()).sum(), tokens + 1
+    assert got["kl"] == pytest.approx(float(kl / tokens), rel=1e-4)
+    assert got["entropy"] == pytest.approx(float(entropy / tokens), rel=1e-4)
+    assert got["response_length"] == pytest.approx(tokens / 40)
+    assert got["truncated"] == pytest.approx(rollout.truncated.float().mean().item())
+
+
+def test_a_student_is_at_distance_zero_from_itself(models):
+    problems = arithmetic.sample_problems("add", 1, 10, numpy_stream(0, "x"))
+    assert abs(evaluate.evaluate(models[0], models[0], problems, 16, torch_stream(0, "y"))["kl"]) < 1e-6

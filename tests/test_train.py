@@ -1,0 +1,325 @@
+"""train.py from the outside: what it writes, that a seed fixes it to the bit, and how it ends when things go wrong."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from nano_opd import checkpoint, config, runs
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "--digits 1 --heads 2 --teacher-layers 1 --teacher-width 16 --student-layers 1 --student-width 8 --teacher-steps 5 "
+    "--student-steps 3 --sft-batch-size 8 --batch-size 4 --eval-size 4 --eval-every 5 --steps 12"
+).split()
+
+
+def run(out_dir, *arguments) -> Path:
+    """One tiny run in this process; its folder."""
+    train.main([*TINY, "--out-dir", str(out_dir), *arguments])
+    return config.parse([*TINY, "--out-dir", str(out_dir), *arguments]).run_dir
+
+
+def weights(run_dir):
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)["state"]
+    assert state["step"] == 12
+    return state["student"]
+
+
+def metrics(run_dir):
+    """The rows of metrics.csv without the one column that is allowed to differ."""
+    with open(run_dir / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def same(first, second):
+    a, b = weights(first), weights(second)
+    return all(torch.equal(a[name], b[name]) for name in a) and metrics(first) == metrics(second)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One undisturbed run."""
+    return run(tmp_path_factory.mktemp("finished"))
+
+
+def test_a_run_leaves_its_four_files(finished):
+    assert sorted(p.name for p in finished.iterdir()) == ["checkpoint.pt", "config.json", "curves.png", "metrics.csv"]
+    saved = json.loads((finished / "config.json").read_text())
+    assert saved["method"] == "opdplus" and saved["steps"] == 12 and set(saved) == set(vars(config.Config()))
+    rows = metrics(finished)
+    assert [int(r["step"]) for r in rows] == list(range(13)) and [int(r["rollouts"]) for r in rows] == list(
+        range(0, 52, 4)
+    )
+    assert [r["step"] for r in rows if r["accuracy"]] == ["0", "5", "10", "12"]
+    assert all(r["grad_norm"] for r in rows[:-1]) and not rows[-1]["grad_norm"]
+    named = (
+        "step rollouts accuracy greedy_accuracy kl entropy response_length truncated grad_norm clip_fraction leak_rate"
+    )
+    assert set(named.split()) <= set(rows[0])
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
+    assert same(finished, run(tmp_path))
+    assert not same(finished, run(tmp_path, "--seed", "1"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--method", "sft"],
+        ["--method", "gkd", "--divergence", "hellinger"],
+        ["--method", "opd", "--gamma", "1", "--variance", "sampled"],
+        ["--divergence", "alpha=0.5", "--variance", "full"],
+        ["--log-u-clip", "2", "--normalize", "token_mean", "--grad-clip", "1", "--task", "mix"],
+    ],
+)
+def test_every_method_trains(arguments, tmp_path):
+    run_dir = run(tmp_path, *arguments)
+    start = torch.load(next((tmp_path / "warm_starts").glob("student*")), weights_only=True)["state"]
+    assert all((start[name] != value).any() for name, value in weights(run_dir).items())
+
+
+def test_opd_and_opdplus_differ_and_the_full_rung_is_gkd(tmp_path):
+    """Runs that share seed and rollouts: the first update's gradient norm tells which estimator was used."""
+
+    def first_norm(*arguments):
+        return float(metrics(run(tmp_path, *arguments))[0]["grad_norm"])
+
+    assert first_norm("--variance", "full") == first_norm("--method", "gkd")
+    assert first_norm("--method", "opd") != pytest.approx(first_norm(), rel=1e-3)
+    reverse_kl = ["--divergence", "reverse_kl"]  # the exact baselines differ by the constant by which the rewards do
+    assert first_norm("--method", "opd", *reverse_kl) == pytest.approx(first_norm(*reverse_kl), rel=1e-4)
+
+
+def command(out_dir, *arguments):
+    return [sys.executable, str(ROOT / "train.py"), *TINY, "--out-dir", str(out_dir), *arguments]
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(finished, tmp_path):
+    """SIGKILL once the first checkpoint is there and the run is under way, twice; then to the end."""
+    run_dir = tmp_path / finished.name
+    for pause in (0.02, 0.10):
+        process = subprocess.Popen(
+            command(tmp_path, "--resume"), stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        while process.poll() is None and not (run_dir / "checkpoint.pt").exists():
+            time.sleep(0.005)
+        time.sleep(pause)
+        process.kill()
+        process.wait()
+    run(tmp_path, "--resume")
+    assert same(finished, run_dir)
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_continue(finished, tmp_path, number, code):
+    run_dir = tmp_path / finished.name
+    long = command(tmp_path, "--steps", "100000")
+    process = subprocess.Popen(long, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (run_dir / "metrics.csv").exists():
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code and "--resume" in error and "Traceback" not in error
+    rows = metrics(run_dir)
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)["state"]
+    assert state["step"] == len(rows) == int(rows[-1]["step"]) + 1 and rows[-1]["grad_norm"]
+
+
+def test_an_interrupted_run_continues_to_the_same_bits(finished, tmp_path, monkeypatch):
+    """The stop request in this process, so that it falls between two evaluations."""
+    update = train.update
+
+    def interrupt(cfg, step, *rest):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(cfg, step, *rest)
+
+    monkeypatch.setattr(train, "update", interrupt)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path)
+    assert end.value.code == 143
+    monkeypatch.undo()
+    assert same(finished, run(tmp_path, "--resume"))
+
+
+def refused(capsys, *arguments) -> str:
+    """The one sentence on stderr of a command line that must end with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        train.main(list(arguments))
+    out, error = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and error.startswith("train.py: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ("--method dpo", "--method dpo: choose from sft, gkd, opd, opdplus"),
+        ("--divergence kl", "unknown divergence 'kl'"),
+        ("--divergence forward-kl", "did you mean 'forward_kl'?"),
+        ("--divergence alpha=x", "alpha must be a finite number"),
+        ("--method opd+", "did you mean opd?"),
+        ("--task ad", "--task ad: choose from add, sub, mul, mix (did you mean add?)"),
+        ("--variance none", "--variance none: choose from sampled, baseline, full"),
+        ("--normalize mean", "--normalize mean: choose from batch, token_mean, sequence_mean"),
+        ("--device tpu", "--device tpu: choose from auto, cpu, cuda"),
+        ("--device cuda:99", "--device cuda:99: this machine has no such device"),
+        ("--digits 0", "--digits 0: must be from 1 to 8"),
+        ("--digits 9", "--digits 9: must be from 1 to 8"),
+        ("--digits 3.5", "--digits: invalid int value: '3.5'"),
+        ("--gamma 1.5", "--gamma 1.5: must be from 0.0 to 1.0"),
+        ("--gamma -0.1", "--gamma -0.1: must be from 0.0 to 1.0"),
+        ("--gamma nan", "--gamma nan: must be from 0.0 to 1.0"),
+        ("--gamma one", "--gamma: invalid float value: 'one'"),
+        ("--lr inf", "--lr inf: must be 0.0 or more"),
+        ("--lr -1", "--lr -1.0: must be 0.0 or more"),
+        ("--lr nan", "--lr nan: must be 0.0 or more"),
+        ("--seed -1", "--seed -1: must be 0 or more"),
+        ("--steps 0", "--steps 0: must be 1 or more"),
+        ("--batch-size 0", "--batch-size 0: must be 1 or more"),
+        ("--batch-size -4", "--batch-size -4: must be 1 or more"),
+        ("--eval-every 0", "--eval-every 0: must be 1 or more"),
+        ("--eval-size 0", "--eval-size 0: must be 1 or more"),
+        ("--sft-batch-size 0", "--sft-batch-size 0: must be 1 or more"),
+        ("--sft-lr -0.1", "--sft-lr -0.1: must be 0.0 or more"),
+        ("--teacher-steps -1", "--teacher-steps -1: must be 0 or more"),
+        ("--student-steps -1", "--student-steps -1: must be 0 or more"),
+        ("--teacher-layers 0", "--teacher-layers 0: must be 1 or more"),
+        ("--student-width 4", "--student-width 4: must be 8 or more"),
+        ("--student-width 20", "--student-width 20: n_embd 20 must be a multiple of 2 × n_head 4"),
+        ("--heads 0", "--heads 0: must be 1 or more"),
+        ("--heads 5", "must be a multiple of 2 × n_head 5"),
+        ("--grad-clip -1", "--grad-clip -1.0: must be 0.0 or more"),
+        ("--log-u-clip -1", "--log-u-clip -1.0: must be 0.0 or more"),
+        ("--variance full --gamma 0.5", "--gamma 0.5 sums a sampled return"),
+        ("--variance full --log-u-clip 3", "no meaning with --variance full"),
+        ("--variance full --normalize token_mean", "no meaning with --variance full"),
+        ("--method sft --gamma 0.5", "--gamma 0.5 means nothing with --method sft"),
+        ("--method sft --divergence jsd", "--divergence jsd means nothing with --method sft"),
+        ("--method gkd --variance full", "--variance full means nothing with --method gkd"),
+        ("--method gkd --log-u-clip 2", "--log-u-clip 2.0 means nothing with --method gkd"),
+        ("--temperature 0.7", "unrecognized arguments: --temperature 0.7"),
+        ("--step 5", "unrecognized arguments: --step 5"),
+        ("opdplus", "unrecognized arguments: opdplus"),
+        ("--steps", "--steps: expected one argument"),
+    ],
+)
+def test_a_bad_command_line_gets_one_sentence_and_touches_nothing(arguments, message, capsys, tmp_path):
+    error = refused(capsys, "--out-dir", str(tmp_path / "out"), *arguments.split())
+    assert message in error and not (tmp_path / "out").exists()
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(finished, capsys, tmp_path):
+    before, tiny = snapshot(finished.parent), [*TINY, "--out-dir", str(finished.parent)]
+    assert "holds this run already: add --resume" in refused(capsys, *tiny)
+    assert "holds another run (lr is 0.005 there and 0.1 here)" in refused(capsys, *tiny, "--lr", "0.1", "--resume")
+    assert snapshot(finished.parent) == before
+    (tmp_path / "file").write_text("")
+    assert "cannot make" in refused(capsys, *TINY, "--out-dir", str(tmp_path / "file"))
+
+
+def test_two_runs_in_one_folder_are_refused_while_the_first_lives(capsys, tmp_path):
+    arguments = [*TINY, "--out-dir", str(tmp_path), "--resume"]
+    with runs.claim(config.parse(arguments)):
+        assert "another process is writing" in refused(capsys, *arguments)
+    train.main(arguments)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "other configuration", "malicious"])
+@pytest.mark.parametrize("which", ["warm start", "checkpoint"])
+def test_a_broken_file_is_refused_and_left_alone(which, damage, capsys, tmp_path):
+    run_dir = run(tmp_path)
+    path = run_dir / "checkpoint.pt" if which == "checkpoint" else next((tmp_path / "warm_starts").glob("teacher*"))
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif damage == "foreign":
+        path.write_bytes(b"hello")
+    elif damage == "other configuration":
+        checkpoint.save(path, {"seed": 7}, {})
+    else:
+        torch.save({"format": 1, "key": {}, "state": MaliciousState(tmp_path / "executed")}, path)
+    before = snapshot(tmp_path)
+    arguments = [*TINY, "--out-dir", str(tmp_path), "--resume"]
+    capsys.readouterr()
+    assert path.name in refused(capsys, *arguments)
+    assert snapshot(tmp_path) == before
+
+
+class MaliciousState:
+    """A pickle that would write a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(finished, capsys, tmp_path, monkeypatch):
+    replace, calls = os.replace, []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) == 7:  # config, two warm starts, checkpoint and metrics of step 0, then checkpoint of step 5
+            raise OSError(28, "No space left on device")
+        return replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "No space left on device" in error and "intact" in error
+    monkeypatch.undo()
+    assert same(finished, run(tmp_path, "--resume"))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(where, capsys, tmp_path, monkeypatch):
+    distillation_loss, calls = train.distillation_loss, []
+
+    def faulty(*arguments):
+        loss, measured = distillation_loss(*arguments)
+        calls.append(1)
+        if len(calls) == 8:
+            loss = loss * float("inf") if where == "loss" else loss + (loss - loss.detach()).sqrt()  # √0: slope ∞
+        return loss, measured
+
+    monkeypatch.setattr(train, "distillation_loss", faulty)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path)
+    error = capsys.readouterr().err
+    assert (
+        end.value.code == 1
+        and f"update 7: the {where if where == 'loss' else 'norm of its gradient'} is" in error
+        and "likely" in error
+        and "checkpoint.pt" in error
+    )
+    monkeypatch.undo()
+    state = torch.load(next(tmp_path.glob("opdplus*/checkpoint.pt")), weights_only=True)["state"]
+    assert state["step"] == 5 and all(value.isfinite().all() for value in state["student"].values())
+
+
+def test_help_names_the_symbols_and_every_knob(capsys):
+    with pytest.raises(SystemExit) as end:
+        config.parse(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    for name in vars(config.Config()):
+        assert "--" + name.replace("_", "-") in text
+    for symbol in ("γ", "D_f(q‖p)", "A_t", "log u"):
+        assert symbol in text
