@@ -55,11 +55,19 @@ def test_what_stands_behind_the_mask_never_matters(method, gamma, batch):
 @pytest.mark.parametrize("method", [opd, opdplus])
 def test_advantages_and_baselines_are_detached(method, batch, logits):
     log_u, mask = batch
-    student = logits[0].requires_grad_()
+    student, teacher = logits
     d = divergences.get("jsd")
-    baseline = method.exact_baseline(student, logits[1], d)
-    A = method.advantage(log_u.requires_grad_(), mask, d, 0.5, baseline)
-    assert not A.requires_grad and not baseline.requires_grad
+    assert not method.exact_baseline(student.requires_grad_(), teacher, d).requires_grad
+    assert not method.exact_baseline(student.detach(), teacher.requires_grad_(), d).requires_grad
+    assert not method.advantage(log_u, mask, d, 0.5, log_u.clone().requires_grad_()).requires_grad
+    assert not method.advantage(log_u.requires_grad_(), mask, d, 0.5).requires_grad
+
+
+def test_the_teacher_is_not_trained(logits):
+    """One network may be both (self-distillation): its gradient is the student's alone."""
+    student, teacher = (x.clone().requires_grad_() for x in logits)
+    gkd.loss(student, teacher, torch.ones(6, 5, dtype=torch.bool), divergences.get("jsd")).backward()
+    assert student.grad.norm() > 0 and teacher.grad is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -172,7 +180,7 @@ def test_misuse_is_refused(batch, logits):
 @given(data=st.data(), lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5))
 @settings(max_examples=60, deadline=None)
 def test_rows_are_independent_and_empty_responses_weigh_nothing(data, lengths):
-    """The advantages of a batch are those of its rows alone; a response of no tokens adds nothing but its place in B."""
+    """The advantages of a batch are those of its rows alone; a response of no tokens adds its place in B, no more."""
     name, gamma = data.draw(st.sampled_from(NAMES)), data.draw(st.sampled_from([0.0, 0.3, 1.0]))
     values = data.draw(st.lists(st.floats(-20, 20), min_size=6 * len(lengths), max_size=6 * len(lengths)))
     log_u = torch.tensor(values, dtype=torch.float64).view(len(lengths), 6)
