@@ -1,10 +1,12 @@
-"""What every function refuses: shapes that do not match, and numbers that are not finite."""
+"""What the functions of this package refuse: shapes that do not match, and numbers that are none."""
+
+import math
 
 import torch
 from torch import Tensor
 
 
-class NumericalFault(ArithmeticError):
+class NumericalFault(ValueError):
     """A number that is not finite, named where it arose."""
 
 
@@ -15,14 +17,29 @@ def require_same_shape(**tensors: Tensor) -> None:
         raise ValueError(f"shapes must be equal: {shapes}")
 
 
-def require_mask(mask: Tensor) -> None:
-    """Raises ValueError unless mask is boolean: a float mask would index and select something else."""
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool, not {mask.dtype}")
+def require_batch(mask: Tensor, **tensors: Tensor) -> None:
+    """Raises ValueError unless mask (B, R) is bool and the others are floating-point of the same shape."""
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise ValueError(f"mask must be bool (B, R), not {mask.dtype} {tuple(mask.shape)}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating-point, not {tensor.dtype}")
+    require_same_shape(**tensors, mask=mask)
+
+
+def require_log_ratio(log_u: Tensor) -> None:
+    """Raises NumericalFault for NaN and for +∞, which would be a sampled token of probability 0.
+
+    −∞ is a token that the teacher forbids, and is allowed.
+    """
+    if not (log_u < math.inf).all():
+        raise NumericalFault(
+            f"log u {tuple(log_u.shape)} holds NaN or +inf: a log-prob of student or teacher is broken"
+        )
 
 
 def require_finite(name: str, values: Tensor, likely: str) -> None:
-    """Raises NumericalFault with the likely cause when any value is not finite. Waits for the device."""
+    """Raises NumericalFault with the likely cause when any value is not finite."""
     if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).sum())
         detail = str(values.item()) if values.numel() == 1 else f"not finite in {bad} of {values.numel()} places"

@@ -170,13 +170,29 @@ def sampled(advantage: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], norma
 
 
 def estimates(world: World, estimator: Estimator, index: Tensor) -> Tensor:
-    """The gradient estimate of each batch of responses: index (M, B) into world.tokens → (M, *theta.shape)."""
+    """The gradient estimate of each batch of responses: index (M, B) into world.tokens → (M, *theta.shape).
 
-    def loss(theta: Tensor, tokens: Tensor, mask: Tensor, teacher_logits: Tensor) -> Tensor:
-        return estimator(tokens, mask, world.student(theta, tokens), teacher_logits)
+    The chain rule in two halves: the estimator's gradient in the logits, then the policy's in θ. For B = 1 all M
+    responses pass the estimator in one call, since its loss is a mean over them. Raises ValueError where the means over
+    the two halves of the call do not add up: an estimator that couples the responses needs B > 1.
+    """
+    M, B = index.shape
+    tokens = world.tokens[index]
+    logits = world.student(world.theta, tokens.flatten(0, 1)).unflatten(0, (M, B)).requires_grad_()  # (M, B, R, V)
+    given = [tokens, world.mask[index], logits, world.teacher_logits[index]]
+    if B > 1:
+        total = sum(estimator(*(x[m] for x in given)) for m in range(M))
+    else:
+        total = M * estimator(*(x.squeeze(1) for x in given))
+        halves = [estimator(*(x[h::2, 0] for x in given)) * len(index[h::2]) for h in range(min(M, 2))]
+        if not torch.allclose(total, sum(halves), rtol=1e-6):
+            raise ValueError("the estimator couples the responses of a batch: its batch_size must be above 1")
+    (in_logits,) = torch.autograd.grad(total, logits)
 
-    batch = world.tokens[index], world.mask[index], world.teacher_logits[index]  # (M, B, …)
-    return vmap(grad(loss), in_dims=(None, 0, 0, 0))(world.theta, *batch)
+    def in_theta(tokens: Tensor, weight: Tensor) -> Tensor:
+        return grad(lambda theta: (weight * world.student(theta, tokens)).sum())(world.theta)
+
+    return vmap(in_theta)(tokens, in_logits)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ variance. With `stop_gradient` it is the mean of OPD's instead: that estimator's
 import torch
 from torch import Tensor
 
-from nano_opd.checks import require_mask, require_same_shape
+from nano_opd.checks import NumericalFault, require_batch, require_same_shape
 from nano_opd.divergences import Divergence
 
 
@@ -25,15 +25,19 @@ def loss(
     mask            (B, R) bool
     stop_gradient   treat f(u) as a constant, as OPD does
 
-    Raises ValueError when the shapes do not agree, or the mask is not bool.
+    Raises ValueError when the shapes do not agree, the mask is not bool, or the result is NaN.
     """
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    require_same_shape(student_logits=student_logits[..., 0], mask=mask)
-    require_mask(mask)
+    require_batch(mask, student_logits=student_logits[..., 0])
     student_logp = student_logits.log_softmax(-1)
     teacher_logp = teacher_logits.detach().log_softmax(-1)  # drops nothing: the teacher is not trained
     log_u = torch.where(mask.unsqueeze(-1), teacher_logp - student_logp, 0.0)  # f(1) = 0; masked before the exp in f
     f = divergence.f(log_u)  # (B, R, V)
     if stop_gradient:
         f = f.detach()  # drops p ∇f(u) = −u f′(u) ∇p: the whole difference between OPD and OPD+
-    return (student_logp.exp() * f).sum() / len(mask)
+    loss = (student_logp.exp() * f).sum() / len(mask)
+    if loss.isnan():
+        raise NumericalFault(
+            f"the divergence of logits {tuple(student_logits.shape)} is NaN: they hold NaN or overflow"
+        )
+    return loss

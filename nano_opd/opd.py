@@ -15,7 +15,7 @@ are the same divergence, with two different −f.
 import torch
 from torch import Tensor
 
-from nano_opd.checks import require_mask, require_same_shape
+from nano_opd.checks import require_batch, require_log_ratio, require_same_shape
 from nano_opd.divergences import Divergence
 from nano_opd.policy_gradient import future_return
 
@@ -30,11 +30,11 @@ def advantage(
     gamma     discount γ ∈ [0, 1] of the rewards still to come
     baseline  (B, R) or None: any function of the prefix s_n, subtracted
 
-    Raises ValueError for γ outside [0, 1], shapes that do not match, or a mask that is not bool.
+    Raises ValueError for γ outside [0, 1], shapes or dtypes that do not match, or log u that is NaN or +∞.
     """
-    require_mask(mask)
-    require_same_shape(log_u=log_u, mask=mask)
+    require_batch(mask, log_u=log_u)
     log_u = torch.where(mask, log_u, 0.0).detach()  # drops ∇u: the term u f′(u) ∇log p is lost
+    require_log_ratio(log_u)
     reward = divergence.stop_gradient(log_u)  # f(1) = 0: nothing behind the EOS
     own = reward
     A = own + future_return(reward, gamma)

@@ -15,7 +15,7 @@ correction u f′(u) belongs to the token's own advantage alone: summing w_f int
 import torch
 from torch import Tensor
 
-from nano_opd.checks import require_mask, require_same_shape
+from nano_opd.checks import require_batch, require_log_ratio, require_same_shape
 from nano_opd.divergences import Divergence
 from nano_opd.policy_gradient import future_return
 
@@ -30,11 +30,11 @@ def advantage(
     gamma     discount γ ∈ [0, 1] of the rewards still to come
     baseline  (B, R) or None: any function of the prefix s_n, subtracted
 
-    Raises ValueError for γ outside [0, 1], shapes that do not match, or a mask that is not bool.
+    Raises ValueError for γ outside [0, 1], shapes or dtypes that do not match, or log u that is NaN or +∞.
     """
-    require_mask(mask)
-    require_same_shape(log_u=log_u, mask=mask)
+    require_batch(mask, log_u=log_u)
     log_u = torch.where(mask, log_u, 0.0).detach()  # drops ∇u: w_f adds u f′(u) ∇log p back
+    require_log_ratio(log_u)
     reward = divergence.stop_gradient(log_u)  # f(1) = 0: nothing behind the EOS
     own = divergence.unbiased(log_u)  # w_f: the same reward, and its gradient through u_n
     A = own + future_return(reward, gamma)

@@ -12,7 +12,7 @@ makes the divisor depend on the sampled EOS: then E[c ∇log p] = 0 no longer ho
 import torch
 from torch import Tensor
 
-from nano_opd.checks import require_mask, require_same_shape
+from nano_opd.checks import require_batch, require_same_shape
 
 
 def loss(logp: Tensor, advantage: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
@@ -28,10 +28,9 @@ def loss(logp: Tensor, advantage: Tensor, mask: Tensor, normalize: str = "batch"
     """
     if advantage.requires_grad:
         raise ValueError("the advantage carries a gradient: a method must return it detached")
-    require_mask(mask)
+    require_batch(mask, logp=logp)
     if advantage.shape != (len(logp), 1):
         require_same_shape(logp=logp, advantage=advantage)
-    require_same_shape(logp=logp, mask=mask)
     terms = torch.where(mask, -advantage * logp, 0.0)  # where, not ×: 0 · ∞ behind the EOS would be NaN
     if normalize == "batch":
         return terms.sum() / len(terms)

@@ -111,7 +111,7 @@ def test_gkd_value_is_the_divergence(logits):
 
 
 def test_a_token_the_teacher_forbids_is_no_accident(logits):
-    """q(v) = 0: a divergence that is finite there has a finite gradient, −Σ_v w ∇p; the others are infinite."""
+    """q(v) = 0: a divergence that is finite there has a finite gradient, −Σ_v w ∇p; others are infinite."""
     student, teacher = logits
     teacher[..., 2] = -torch.inf
     mask = torch.ones(6, 5, dtype=torch.bool)
@@ -155,7 +155,7 @@ def test_misuse_is_refused(batch, logits):
     d = divergences.get("jsd")
     with pytest.raises(ValueError, match="carries a gradient"):
         policy_gradient.loss(log_u, log_u.clone().requires_grad_(), mask)
-    with pytest.raises(ValueError, match="mask must be bool, not torch.float64"):
+    with pytest.raises(ValueError, match="mask must be bool .B, R., not torch.float64"):
         policy_gradient.loss(log_u, log_u, mask.double())
     with pytest.raises(ValueError, match=r"logp \(6, 5\), advantage \(1, 5\)"):
         policy_gradient.loss(log_u, log_u[:1], mask)
@@ -171,6 +171,13 @@ def test_misuse_is_refused(batch, logits):
             method.advantage(log_u, mask[:, :4], d)
         with pytest.raises(ValueError, match=r"baseline \(6, 1\)"):
             method.advantage(log_u, mask, d, 0.0, log_u[:, :1])
+        for bad in (torch.nan, torch.inf):
+            with pytest.raises(ValueError, match="holds NaN or .inf"):
+                method.advantage(torch.full_like(log_u, bad), mask, d)
+        with pytest.raises(ValueError, match="log_u must be floating-point, not torch.int64"):
+            method.advantage(log_u.long(), mask, d)
+    with pytest.raises(ValueError, match="is NaN"):
+        gkd.loss(logits[0] * torch.nan, logits[1], mask, d)
     with pytest.raises(ValueError, match="shapes must be equal"):
         gkd.loss(logits[0], logits[1][:, :, :6], mask, d)
     with pytest.raises(ValueError, match="shapes must be equal"):
@@ -180,7 +187,7 @@ def test_misuse_is_refused(batch, logits):
 @given(data=st.data(), lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5))
 @settings(max_examples=60, deadline=None)
 def test_rows_are_independent_and_empty_responses_weigh_nothing(data, lengths):
-    """The advantages of a batch are those of its rows alone; a response of no tokens adds its place in B, no more."""
+    """The advantages of a batch are those of its rows alone; an empty response adds nothing but its place in B."""
     name, gamma = data.draw(st.sampled_from(NAMES)), data.draw(st.sampled_from([0.0, 0.3, 1.0]))
     values = data.draw(st.lists(st.floats(-20, 20), min_size=6 * len(lengths), max_size=6 * len(lengths)))
     log_u = torch.tensor(values, dtype=torch.float64).view(len(lengths), 6)

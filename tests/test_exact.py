@@ -41,15 +41,6 @@ WORLDS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=WORLDS)
 def world(request):
     return WORLDS[request.param]
@@ -91,6 +82,10 @@ def unbiased(divergence, gamma=0.0):
 
 def stop_gradient(divergence, gamma=0.0):
     return lambda log_u, mask, *_: opd.advantage(log_u, mask, divergence, gamma)
+
+
+def constant(log_u, *_):
+    return torch.ones_like(log_u)
 
 
 def score_weighted(world, weight):
@@ -138,8 +133,7 @@ def test_what_cannot_be_enumerated_is_refused(ends):
 
 def test_probabilities_sum_to_one_and_the_score_has_mean_zero(world):
     assert world.probability().sum().item() == pytest.approx(1, abs=1e-12)
-    score = mean(world, lambda log_u, mask, *_: torch.ones_like(log_u))
-    assert score.norm() < 1e-12
+    assert mean(world, constant).norm() < 1e-12
 
 
 def test_the_gpt_policy_is_the_gpt():
@@ -449,6 +443,12 @@ def z_scored(advantage):
         return torch.where(mask, (A - center) / (std + 1e-6), 0.0)
 
     return scored
+
+
+def test_an_estimator_that_couples_responses_is_refused_one_by_one():
+    for couples in (exact.sampled(z_scored(unbiased(divergences.get("jsd")))), exact.sampled(constant, "token_mean")):
+        with pytest.raises(ValueError, match="couples the responses"):
+            exact.moments(PAIRS["eos"], couples)
 
 
 @pytest.mark.parametrize("length", PAIRS)
