@@ -31,8 +31,12 @@ def logits():
 def test_advantages_equal_the_formula_term_by_term(name, gamma, batch):
     log_u, mask = batch
     d = divergences.get(name)
+    baseline = torch.arange(30, dtype=torch.float64).view(6, 5) + 1
     for method, own in [(opd, d.stop_gradient), (opdplus, d.unbiased)]:
         A = method.advantage(log_u, mask, d, gamma)
+        torch.testing.assert_close(
+            method.advantage(log_u, mask, d, gamma, baseline), A - torch.where(mask, baseline, 0.0)
+        )
         for b in range(6):
             L = int(mask[b].sum())
             for n in range(5):
