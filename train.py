@@ -4,20 +4,37 @@
 `python train.py --method opd --divergence forward_kl` is the same run under the stop-gradient, and collapses.
 """
 
+import copy
+import dataclasses
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_opd import arithmetic, checkpoint, config, divergences, gkd, opd, opdplus, policy_gradient, runs, sft
+from nano_opd import (
+    arithmetic,
+    checkpoint,
+    config,
+    divergences,
+    gkd,
+    grpo,
+    opd,
+    opdplus,
+    opsd,
+    policy_gradient,
+    rlsd,
+    runs,
+    sft,
+)
 from nano_opd.checks import NumericalFault, require_finite
 from nano_opd.config import Config
 from nano_opd.device import keep_freed_memory, resolve
-from nano_opd.evaluate import evaluate, prompts_of, sampled_correct
+from nano_opd.evaluate import evaluate, prompts_of, reasoning_span, rewards, sampled_correct, slots_of
 from nano_opd.gpt import GPT
-from nano_opd.rollout import Rollout, response_logits, sample
+from nano_opd.rollout import Rollout, response_logits, response_logprobs, sample
 from nano_opd.streams import numpy_stream, torch_stream
 
 
@@ -40,9 +57,12 @@ def warm_start(cfg: Config, who: str, device: torch.device, stop: runs.StopReque
     if path.exists():
         model.load_state_dict(checkpoint.load(path, key, device))
         return model
-    course = problems(cfg, f"{who} solutions", key["steps"] * cfg.sft_batch_size)
+    course, styles = problems(cfg, f"{who} solutions", key["steps"] * cfg.sft_batch_size), None
+    if cfg.privileged:  # half the prompts as the student sees them, half as its own teacher does
+        views = ["blank"] * len(arithmetic.REFERENCES) + list(arithmetic.REFERENCES)
+        styles = numpy_stream(cfg.seed, f"{who} views").choice(views, len(course)).tolist()
     with progress(key["steps"], f"{who} warm start") as bar:
-        for _ in sft.train(model, course, cfg.sft_batch_size, cfg.sft_lr):
+        for _ in sft.train(model, course, cfg.sft_batch_size, cfg.sft_lr, styles):
             bar.update()
             stop.check()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,26 +94,87 @@ def distillation_loss(cfg: Config, student: GPT, teacher: GPT, rollout: Rollout)
     return policy_gradient.loss(student_logp, advantage, mask, cfg.normalize), measured
 
 
+def reward_loss(
+    cfg: Config, step: int, student: GPT, teacher: GPT, rollout: Rollout, batch: list[arithmetic.Problem]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """score → advantage: the loss of grpo, opsd, grpo+opsd or rlsd, whose teacher is a copy of the student."""
+    mask, token, loss, measured = rollout.mask, rollout.responses.unsqueeze(-1), 0.0, {}
+    student_logits = response_logits(student, rollout.tokens, rollout.prompt_length).float()  # (B, R, V)
+    student_logp = student_logits.log_softmax(-1).gather(-1, token).squeeze(-1)  # (B, R)
+    old_logp = rollout.logp if cfg.epochs > 1 else student_logp.detach()  # drops nothing: ratio 1, gradient in logp
+    if cfg.method != "grpo":
+        references = arithmetic.draw_references(
+            batch, cfg.group_size, numpy_stream(cfg.seed, "reference", step), cfg.reference
+        )
+        view = opsd.privileged_view(
+            rollout.tokens, rollout.prompt_length, prompts_of(batch, student.device, references)
+        )
+        with torch.no_grad():
+            teacher_logits = response_logits(teacher, *view).float()
+    if cfg.method in ("opsd", "grpo+opsd"):
+        coef = 1.0 if cfg.method == "opsd" else cfg.opsd_coef
+        loss = coef * opsd.loss(student_logits, teacher_logits, mask, divergences.get(cfg.divergence))
+    if cfg.method != "opsd":
+        R = rewards(batch, rollout)  # (B,)
+        A = grpo.advantage(R, cfg.group_size, normalize_std=cfg.loss_type == "grpo")
+        measured |= {"reward": R.mean(), "zero_groups": grpo.zero_fraction(R, cfg.group_size)}
+        measured["clip_fraction"] = grpo.clip_fraction(student_logp, old_logp, mask, cfg.clip_low, cfg.clip_high)
+        if cfg.method == "rlsd":
+            evidence = (
+                teacher_logits.log_softmax(-1).gather(-1, token).squeeze(-1),
+                old_logp if cfg.student_logp == "sampling" else student_logp,
+                mask,
+            )
+            measured["weight_clip_fraction"] = rlsd.clip_fraction(A, *evidence, cfg.eps_w)
+            lam = rlsd.lam_at(step, cfg.lam, cfg.lam_warmup, cfg.lam_decay)
+            span = reasoning_span(rollout) if cfg.reasoning_only else None
+            A = rlsd.advantage(A, *evidence, lam, cfg.eps_w, cfg.negative_only, span)
+        loss = loss + grpo.clipped_surrogate(
+            student_logp, old_logp, A, mask, cfg.clip_low, cfg.clip_high, cfg.normalize
+        )
+    return loss, measured
+
+
+def objective(cfg: Config, step: int, student: GPT, teacher: GPT) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
+    """Draw the update's problems, let the student answer, and return the loss of one epoch on what was sampled."""
+    prompts_per_batch = cfg.batch_size // cfg.group_size if cfg.privileged else cfg.batch_size
+    batch = problems(cfg, "problems", prompts_per_batch, step)
+    if cfg.method == "sft":
+        tokens = sft.solution_tokens(batch, student.device)
+        return lambda: (sft.loss(student, tokens, cfg.prompt_length), {})
+    slots = None
+    if cfg.privileged:
+        batch = [problem for problem in batch for _ in range(cfg.group_size)]
+        slots = slots_of(batch, "blank")
+    generator = torch_stream(cfg.seed, "rollout", step, student.device)
+    rollout = sample(student, prompts_of(batch, student.device, slots), cfg.response_cap, generator)
+    if not cfg.privileged:
+        return lambda: distillation_loss(cfg, student, teacher, rollout)
+    if cfg.epochs > 1:  # p_old from a full forward, so that the first epoch's ratio is exactly 1
+        with torch.no_grad():
+            old_logp = response_logprobs(student, rollout.tokens, rollout.prompt_length)
+        rollout = dataclasses.replace(rollout, logp=old_logp)
+    return lambda: reward_loss(cfg, step, student, teacher, rollout, batch)
+
+
 def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """One step of training; returns its columns of metrics.csv.
 
-    Raises NumericalFault, before any weight has changed, when a log-prob, the loss or its gradient is not finite.
+    Raises NumericalFault, before the weights have changed, when a log-prob, the loss or its gradient is not finite.
     """
-    batch, measured = problems(cfg, "problems", cfg.batch_size, step), {}
-    if cfg.method == "sft":
-        loss = sft.loss(student, sft.solution_tokens(batch, student.device), arithmetic.prompt_length(cfg.digits))
-    else:
-        generator = torch_stream(cfg.seed, "rollout", step, student.device)
-        rollout = sample(student, prompts_of(batch, student.device), cfg.response_cap, generator)
-        loss, measured = distillation_loss(cfg, student, teacher, rollout)
-    optimizer.zero_grad()
-    loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip or float("inf"))
+    if cfg.privileged and cfg.teacher_sync and step % cfg.teacher_sync == 0:
+        teacher.load_state_dict(student.state_dict())
+    loss_of_epoch = objective(cfg, step, student, teacher)
     likely = "teacher and student judge some token so differently that its reward overflows: lower --lr"
-    require_finite("loss", loss, likely)
-    require_finite("norm of its gradient", grad_norm, likely)
     optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
-    optimizer.step()
+    for _ in range(cfg.epochs):
+        loss, measured = loss_of_epoch()
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip or float("inf"))
+        require_finite("loss", loss, likely)
+        require_finite("norm of its gradient", grad_norm, likely)
+        optimizer.step()
     return {name: value.item() for name, value in {"loss": loss, "grad_norm": grad_norm, **measured}.items()}
 
 
@@ -108,11 +189,15 @@ def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> li
     if state := runs.load(cfg, student.device):
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
+        if cfg.privileged:
+            teacher.load_state_dict(state["self_teacher"])
         first, rows = state["step"], state["rows"][: state["step"]]  # the row of the step itself is measured again
         started -= state["seconds"]
 
     def save(step: int) -> None:
         weights = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
+        if cfg.privileged:
+            weights["self_teacher"] = teacher.state_dict()
         runs.save(cfg, {"step": step, "seconds": time.monotonic() - started, "rows": rows} | weights)
 
     with progress(cfg.steps, cfg.run_dir.name) as bar:
@@ -124,7 +209,7 @@ def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> li
                 row["seconds"] = round(time.monotonic() - started, 3)
                 generator = torch_stream(cfg.seed, "evaluation", step, student.device)
                 some = held_out if step in (0, cfg.steps) else held_out[: cfg.eval_size]
-                row |= evaluate(student, teacher, some, cfg.response_cap, generator)
+                row |= evaluate(student, teacher, some, cfg.response_cap, generator, cfg.privileged)
                 save(step)
                 bar.set_postfix(accuracy=f"{row['accuracy']:.3f}", kl=f"{row['kl']:.3f}")
                 if bar.disable:
@@ -166,13 +251,15 @@ def run(cfg: Config, stop: runs.StopRequest) -> None:
     """Warm starts, the loop, the report."""
     device = resolve(cfg.device)
     keep_freed_memory()
-    teacher = warm_start(cfg, "teacher", device, stop).requires_grad_(False)
     student = warm_start(cfg, "student", device, stop)
+    teacher = copy.deepcopy(student) if cfg.privileged else warm_start(cfg, "teacher", device, stop)
+    teacher.requires_grad_(False)
     rows = train(cfg, student, teacher, stop)
     shown = problems(cfg, "answers", 4 * cfg.eval_size, held_out=True)
     generator = torch_stream(cfg.seed, "answers", device=device)
-    teacher_correct, _ = sampled_correct(teacher, shown, 1, cfg.response_cap, generator)
-    correct, texts = sampled_correct(student, shown, 4, cfg.response_cap, generator)
+    blank, work = (slots_of(shown, style) if cfg.privileged else None for style in ("blank", "work"))
+    teacher_correct, _ = sampled_correct(teacher, shown, 1, cfg.response_cap, generator, work)
+    correct, texts = sampled_correct(student, shown, 4, cfg.response_cap, generator, blank)
     runs.report(cfg, rows, shown, teacher_correct, correct, texts)
 
 

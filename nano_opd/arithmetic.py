@@ -6,6 +6,16 @@
                                                      included; then # and the answer
 
 Prompts and solutions of one task and size all have the same length. The verifier reads the answer and nothing else.
+
+Self-distillation shows the same model more than the student sees. Its prompt opens with a slot of fixed width, so that
+problem and response stand at the same positions whatever the slot holds:
+
+    "___________ 457+068="    the student's: blank
+    "151205#0525 457+068="    "work": carry and digit of every column, then the answer; solved as above
+    "@_____#0525 457+068="    "cite": the answer alone; solved by "@#0525", a mark for copying it and skipping the work
+
+Both references are valid and one is drawn at random, so no student without the slot can know which: what the teacher
+says then depends on something that x does not determine, and that is the part of it that can leak.
 """
 
 import re
@@ -15,6 +25,8 @@ import numpy as np
 
 HELD_OUT_FRACTION = 0.1
 MAX_DIGITS = 8
+BLANK, CITE = "_", "@"
+REFERENCES = ("work", "cite")
 
 
 class Problem(NamedTuple):
@@ -86,9 +98,14 @@ TASKS = {"add": Add(), "sub": Sub(), "mul": Mul()}
 TASK_NAMES = [*TASKS, "mix"]
 
 
-def prompt_length(digits: int) -> int:
-    """Characters of a prompt."""
-    return 2 * digits + 2
+def prompt_length(digits: int, slot: bool = False) -> int:
+    """Characters of a prompt, without or with a reference slot and the space behind it."""
+    return 2 * digits + 2 + (slot_length(digits) + 1 if slot else 0)
+
+
+def slot_length(digits: int) -> int:
+    """Characters of a reference: carry and digit of every column, # and the answer."""
+    return 2 * digits + 1 + (digits + 1)
 
 
 def solution_length(digits: int) -> int:
@@ -138,9 +155,40 @@ def sample_problems(
     return problems
 
 
-def prompt(problem: Problem) -> str:
-    """ "457+068=" """
-    return f"{problem.a:0{problem.digits}d}{TASKS[problem.task].symbol}{problem.b:0{problem.digits}d}="
+def prompt(problem: Problem, slot: str | None = None) -> str:
+    """ "457+068=", behind a reference slot if there is one. Raises ValueError for a slot of another width."""
+    text = f"{problem.a:0{problem.digits}d}{TASKS[problem.task].symbol}{problem.b:0{problem.digits}d}="
+    if slot is None:
+        return text
+    if len(slot) != slot_length(problem.digits):
+        raise ValueError(f"slot {slot!r} must be {slot_length(problem.digits)} characters, or it shifts the response")
+    return f"{slot} {text}"
+
+
+def reference(problem: Problem, style: str) -> str:
+    """What the slot holds: "work" or "cite", or "blank" for the student. Raises ValueError for another style."""
+    *columns, answer = steps(problem)
+    if style == "work":
+        return "".join(column[-3:-1] for column in columns) + answer
+    if style == "cite":
+        return CITE.ljust(2 * problem.digits, BLANK) + answer
+    if style == "blank":
+        return BLANK * slot_length(problem.digits)
+    raise ValueError(f"unknown reference {style!r}; choose from {', '.join(REFERENCES)}, blank")
+
+
+def draw_references(problems: list[Problem], group_size: int, rng: np.random.Generator, which: str) -> list[str]:
+    """What the teacher reads in the slot of each problem: one reference, of a style drawn at random, per group.
+
+    problems  the group_size copies of each problem standing together
+    which     "true"; "shuffled": the next group's, valid but of another problem; "none": blank, as the student's
+    """
+    groups = problems[::group_size]
+    styles = rng.choice(REFERENCES, len(groups)).tolist()
+    if which == "shuffled":
+        groups = groups[1:] + groups[:1]
+    slots = [reference(p, "blank" if which == "none" else style) for p, style in zip(groups, styles)]
+    return [slot for slot in slots for _ in range(group_size)]
 
 
 def steps(problem: Problem) -> list[str]:
@@ -154,9 +202,14 @@ def steps(problem: Problem) -> list[str]:
     return [*columns, f"#{task.answer(problem.a, problem.b):0{problem.digits + 1}d}"]
 
 
-def solution(problem: Problem) -> str:
-    """The whole worked solution, without its EOS."""
-    return "".join(steps(problem))
+def solution(problem: Problem, style: str = "work") -> str:
+    """The whole worked solution, or the one that a "cite" reference teaches; without its EOS."""
+    return CITE + steps(problem)[-1] if style == "cite" else "".join(steps(problem))
+
+
+def cites(response: str) -> bool:
+    """True when a response claims to have copied its answer from a reference."""
+    return CITE in response
 
 
 def verify(problem: Problem, response: str) -> bool:
@@ -177,3 +230,12 @@ def first_broken_step(problem: Problem, response: str) -> str | None:
             return f"{where}: wrote {written!r}, should be {expected!r}"
         start += len(expected)
     return None
+
+
+def first_wrong_token(problem: Problem, response: str) -> int | None:
+    """Index of the first token that departs from the worked solution, its EOS included; None where none does."""
+    expected = solution(problem)
+    for n, (wanted, written) in enumerate(zip(expected, response)):
+        if wanted != written:
+            return n
+    return None if response == expected else min(len(expected), len(response))

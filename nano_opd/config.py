@@ -15,8 +15,11 @@ from nano_opd import arithmetic, device, divergences
 from nano_opd.gpt import GPTConfig
 from nano_opd.tokenizer import VOCAB_SIZE
 
-METHODS = ("sft", "gkd", "opd", "opdplus")
+METHODS = ("sft", "gkd", "opd", "opdplus", "grpo", "opsd", "grpo+opsd", "rlsd")
 SAMPLED = ("opd", "opdplus")
+PRIVILEGED = ("grpo", "opsd", "grpo+opsd", "rlsd")  # a prompt with a reference slot; no teacher but itself
+REWARDED = ("grpo", "grpo+opsd", "rlsd")
+SELF_TAUGHT = ("opsd", "grpo+opsd", "rlsd")
 
 
 def knob(default, help, *, choices=None, low=None, high=None, methods=METHODS):
@@ -33,7 +36,7 @@ class Config:
     divergence: str = knob(
         "jsd",
         "generator f of D_f(q‖p): " + ", ".join(divergences.DIVERGENCES) + ", alpha=<float>",
-        methods=("gkd", *SAMPLED),
+        methods=("gkd", *SAMPLED, "opsd", "grpo+opsd"),
     )
     gamma: float = knob(0.0, "γ, discount of the rewards still to come", low=0.0, high=1.0, methods=SAMPLED)
     variance: str = knob(
@@ -46,9 +49,46 @@ class Config:
         "batch",
         "divisor of the loss; token_mean and sequence_mean are biased",
         choices=("batch", "token_mean", "sequence_mean"),
-        methods=SAMPLED,
+        methods=(*SAMPLED, *REWARDED),
     )
     log_u_clip: float = knob(0.0, "clip log u to ± this many nats (biased); 0 is off", low=0.0, methods=SAMPLED)
+
+    group_size: int = knob(4, "G, responses to each prompt; divides B", low=2, methods=PRIVILEGED)
+    loss_type: str = knob(
+        "grpo",
+        "A = (R − mean)/(std + ε) over the group; dr_grpo: A = R − mean",
+        choices=("grpo", "dr_grpo"),
+        methods=REWARDED,
+    )
+    epochs: int = knob(
+        1, "updates per batch of rollouts, with ratios ρ to the policy that sampled it", low=1, methods=REWARDED
+    )
+    clip_low: float = knob(0.2, "ε_low: ρ is clipped below at 1 − ε_low", low=0.0, high=1.0, methods=REWARDED)
+    clip_high: float = knob(0.28, "ε_high: ρ is clipped above at 1 + ε_high", low=0.0, methods=REWARDED)
+    opsd_coef: float = knob(1.0, "weight of the OPSD loss beside GRPO's", low=0.0, methods=("grpo+opsd",))
+    lam: float = knob(0.5, "λ, share of the evidence weight in Â_t; 0 is GRPO", low=0.0, high=1.0, methods=("rlsd",))
+    eps_w: float = knob(0.2, "ε_w, clip of the evidence weight w_t to 1 ± ε_w; 0 is GRPO", low=0.0, methods=("rlsd",))
+    lam_warmup: int = knob(0, "updates over which λ rises from 0", low=0, methods=("rlsd",))
+    lam_decay: int = knob(
+        0, "updates, after the warm-up, over which λ falls to 0; 0 is never", low=0, methods=("rlsd",)
+    )
+    negative_only: bool = knob(False, "reweight only responses with A < 0", methods=("rlsd",))
+    reasoning_only: bool = knob(False, "reweight only the tokens before the answer", methods=("rlsd",))
+    student_logp: str = knob(
+        "live",
+        "P_S in Δ_t: the policy being trained or the one that sampled; they differ from the second epoch on",
+        choices=("live", "sampling"),
+        methods=("rlsd",),
+    )
+    reference: str = knob(
+        "true",
+        "r that the self-teacher reads: this problem's, another's (a control), or none",
+        choices=("true", "shuffled", "none"),
+        methods=SELF_TAUGHT,
+    )
+    teacher_sync: int = knob(
+        0, "updates between copies of θ into the self-teacher P_T: 0 is frozen, 1 live", low=0, methods=SELF_TAUGHT
+    )
 
     task: str = knob("add", "arithmetic task", choices=tuple(arithmetic.TASK_NAMES))
     digits: int = knob(3, "digits of each operand", low=1, high=arithmetic.MAX_DIGITS)
@@ -97,11 +137,25 @@ class Config:
                 )
             if self.normalize != "batch" or self.log_u_clip > 0:
                 raise ValueError("--normalize and --log-u-clip have no meaning with --variance full: leave them out")
+        if self.method in PRIVILEGED and self.batch_size % self.group_size:
+            raise ValueError(f"--batch-size {self.batch_size}: must be a multiple of --group-size {self.group_size}")
+        if self.reference == "shuffled" and self.batch_size < 2 * self.group_size:
+            raise ValueError("--reference shuffled: needs two groups or more in --batch-size")
         for who in ("teacher", "student"):
             try:
                 self.gpt(who)
             except ValueError as error:
                 raise ValueError(f"--{who}-width {getattr(self, f'{who}_width')}: {error}") from None
+
+    @property
+    def privileged(self) -> bool:
+        """Whether the prompt has a reference slot and the model is its own teacher."""
+        return self.method in PRIVILEGED
+
+    @property
+    def prompt_length(self) -> int:
+        """P."""
+        return arithmetic.prompt_length(self.digits, self.privileged)
 
     @property
     def response_cap(self) -> int:
@@ -111,14 +165,14 @@ class Config:
     def gpt(self, who: str) -> GPTConfig:
         """Sizes of the "teacher" or the "student"."""
         layers, width = getattr(self, f"{who}_layers"), getattr(self, f"{who}_width")
-        block_size = arithmetic.prompt_length(self.digits) + self.response_cap
+        block_size = self.prompt_length + self.response_cap
         return GPTConfig(VOCAB_SIZE, block_size, layers, self.heads, width)
 
     def warm_start_key(self, who: str) -> dict:
         """Everything that determines the weights of a warm start: two equal keys are one cached file."""
         shared = ("task", "digits", "seed", "sft_batch_size", "sft_lr")
         return {"who": who, "gpt": dataclasses.asdict(self.gpt(who)), "steps": getattr(self, f"{who}_steps")} | {
-            name: getattr(self, name) for name in shared
+            name: getattr(self, name) for name in (*shared, "privileged")
         }
 
     def run_key(self) -> dict:
@@ -129,7 +183,7 @@ class Config:
     def run_dir(self) -> Path:
         """The run's own folder: its method and what is read by it, task and seed."""
         parts = [self.method]
-        if self.method in ("gkd", *SAMPLED):
+        if self.method in ("gkd", *SAMPLED, "opsd", "grpo+opsd"):
             parts.append(self.divergence)
         if self.method in SAMPLED:
             parts.append(self.variance + (f"-gamma{self.gamma:g}" if self.gamma else ""))

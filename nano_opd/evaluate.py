@@ -1,14 +1,18 @@
-"""Held-out evaluation: accuracy with its interval, pass@k, exact per-token KL and entropy on sampled prefixes."""
+"""Held-out evaluation: accuracy with its interval, pass@k, exact per-token KL and entropy on sampled prefixes.
+
+A model that is its own teacher is also asked what it leaked and where it put the blame.
+"""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from nano_opd import arithmetic
+from nano_opd import arithmetic, opsd
 from nano_opd.gpt import GPT
 from nano_opd.rollout import Rollout, prompt_tensor, response_logits, sample
-from nano_opd.tokenizer import decode, encode_batch
+from nano_opd.tokenizer import decode, encode, encode_batch
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -17,6 +21,28 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     center = (p + z2 / 2) / (1 + z2)
     half = z / (1 + z2) * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials))
     return center - half, center + half
+
+
+# 97.5 % quantiles of Student's t at 1 … 30 degrees of freedom, to four digits
+T_975 = (
+    "12.71 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 2.120 2.110 2.101 2.093 "
+    "2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042"
+).split()
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean over seeds, or of paired differences over seeds, and the ends of its 95 % interval by Student's t.
+
+    One value has no interval: its ends are NaN. Raises ValueError for no value, or more than 31.
+    """
+    n = len(values)
+    if not 1 <= n <= 31:
+        raise ValueError(f"an interval needs 1 to 31 values, not {n}")
+    mean = sum(values) / n
+    if n == 1:
+        return mean, math.nan, math.nan
+    half = float(T_975[n - 2]) * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return mean, mean - half, mean + half
 
 
 def pass_at_k(correct: Tensor, k: int) -> float:
@@ -31,9 +57,17 @@ def pass_at_k(correct: Tensor, k: int) -> float:
     return 1 - sum(math.comb(w, k) for w in wrong) / (math.comb(n, k) * len(wrong))
 
 
-def prompts_of(problems: list[arithmetic.Problem], device: torch.device | str = "cpu") -> Tensor:
-    """The problems' prompts as tokens, (B, P) int64."""
-    return prompt_tensor(encode_batch(map(arithmetic.prompt, problems)), device)
+def prompts_of(
+    problems: list[arithmetic.Problem], device: torch.device | str = "cpu", slots: Sequence[str] | None = None
+) -> Tensor:
+    """The problems' prompts as tokens, (B, P) int64; with `slots`, what stands in each one's reference slot."""
+    slots = slots or [None] * len(problems)
+    return prompt_tensor(encode_batch(map(arithmetic.prompt, problems, slots)), device)
+
+
+def slots_of(problems: list[arithmetic.Problem], style: str) -> list[str]:
+    """Every problem's reference of one style; "blank" is what the student reads."""
+    return [arithmetic.reference(p, style) for p in problems]
 
 
 def response_texts(rollout: Rollout) -> list[str]:
@@ -47,24 +81,46 @@ def rewards(problems: list[arithmetic.Problem], rollout: Rollout) -> Tensor:
     return (torch.tensor(right, device=rollout.tokens.device) & ~rollout.truncated).float()
 
 
+def reasoning_span(rollout: Rollout) -> Tensor:
+    """(B, R) bool: the tokens before the answer's mark."""
+    return (rollout.responses == encode("#")[0]).cumsum(1) == 0
+
+
 @torch.no_grad()
 def evaluate(
-    student: GPT, teacher: GPT, problems: list[arithmetic.Problem], max_new_tokens: int, generator: torch.Generator
+    student: GPT,
+    teacher: GPT,
+    problems: list[arithmetic.Problem],
+    max_new_tokens: int,
+    generator: torch.Generator,
+    privileged: bool = False,
 ) -> dict[str, float]:
     """The student at temperature 1 and greedily on `problems`; KL and entropy are means per sampled token, in nats.
 
     kl = E_s KL( p_θ(·|s) ‖ q(·|s) ) over the whole vocabulary at the prefixes s that the student sampled.
+
+    With `privileged` the student reads a blank slot and the teacher a reference, kl is the mean over all references,
+    and two columns follow: leak_rate, the fraction of sampled answers that cite what they were not shown, and
+    information_gap, I(Y; R | X, Y_<n) per sampled token by enumerating the references (nats).
     """
-    prompts = prompts_of(problems, student.device)
+    prompts = prompts_of(problems, student.device, slots_of(problems, "blank") if privileged else None)
     greedy = sample(student, prompts, max_new_tokens, temperature=0.0, evaluation=True)
     rollout = sample(student, prompts, max_new_tokens, generator)
     student_logp = response_logits(student, rollout.tokens, rollout.prompt_length).float().log_softmax(-1)
-    teacher_logp = response_logits(teacher, rollout.tokens, rollout.prompt_length).float().log_softmax(-1)
+    views, leaks = [(rollout.tokens, rollout.prompt_length)], {}
+    if privileged:
+        slots = [slots_of(problems, style) for style in arithmetic.REFERENCES]
+        views = [opsd.privileged_view(*views[0], prompts_of(problems, student.device, slot)) for slot in slots]
+    teacher_logp = torch.stack([response_logits(teacher, *view).float().log_softmax(-1) for view in views])
     p, mask = student_logp.exp(), rollout.mask
-    return {
+    if privileged:
+        cited = [arithmetic.cites(text) for text in response_texts(rollout)]
+        leaks["leak_rate"] = sum(cited) / len(cited)
+        leaks["information_gap"] = opsd.information_gap(teacher_logp)[mask].mean().item()
+    return leaks | {
         "accuracy": rewards(problems, rollout).mean().item(),
         "greedy_accuracy": rewards(problems, greedy).mean().item(),
-        "kl": (p * (student_logp - teacher_logp)).sum(-1)[mask].mean().item(),
+        "kl": (p * (student_logp - teacher_logp.mean(0))).sum(-1)[mask].mean().item(),
         "entropy": -(p * student_logp).sum(-1)[mask].mean().item(),
         "response_length": mask.sum(1).float().mean().item(),
         "truncated": rollout.truncated.float().mean().item(),
@@ -73,10 +129,36 @@ def evaluate(
 
 @torch.no_grad()
 def sampled_correct(
-    model: GPT, problems: list[arithmetic.Problem], samples: int, max_new_tokens: int, generator: torch.Generator
+    model: GPT,
+    problems: list[arithmetic.Problem],
+    samples: int,
+    max_new_tokens: int,
+    generator: torch.Generator,
+    slots: Sequence[str] | None = None,
 ) -> tuple[Tensor, list[str]]:
     """Answer each problem `samples` times: which answers are right, (problems, samples) bool, and each first text."""
-    prompts = prompts_of(problems, model.device)
+    prompts = prompts_of(problems, model.device, slots)
     rollouts = [sample(model, prompts, max_new_tokens, generator) for _ in range(samples)]
     correct = torch.stack([rewards(problems, rollout) > 0 for rollout in rollouts], dim=1)
     return correct, response_texts(rollouts[0])
+
+
+def token_credit(advantage: Tensor, mask: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of a response's credit or blame |Â| falls on one token, such as the first wrong one.
+
+    advantage  (B, R) Â_n
+    mask       (B, R) bool
+    token      (B,) int64, a position where mask is True
+
+    Returns two tensors (B,): |Â| there divided by the mean |Â| of the response's other tokens, and the probability that
+    it ranks first, ties broken at random. An advantage that is equal everywhere gives 1 and 1/length.
+    Raises ValueError for a token outside the mask, or a response of one token.
+    """
+    here, length = token.unsqueeze(1), mask.sum(1)
+    if not mask.gather(1, here).all() or (length < 2).any():
+        raise ValueError("token must lie inside a response of at least two tokens")
+    size = advantage.abs().masked_fill(~mask, 0.0)
+    own = size.gather(1, here).squeeze(1)
+    ratio = own / ((size.sum(1) - own) / (length - 1))
+    top = (size == size.amax(1, keepdim=True)) & mask
+    return ratio, top.gather(1, here).squeeze(1) / top.sum(1)

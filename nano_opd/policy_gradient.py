@@ -31,7 +31,12 @@ def loss(logp: Tensor, advantage: Tensor, mask: Tensor, normalize: str = "batch"
     require_batch(mask, logp=logp)
     if advantage.shape != (len(logp), 1):
         require_same_shape(logp=logp, advantage=advantage)
-    terms = torch.where(mask, -advantage * logp, 0.0)  # where, not ×: 0 · ∞ behind the EOS would be NaN
+    return reduce(-advantage * logp, mask, normalize)
+
+
+def reduce(terms: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
+    """One number from one term per token, (B, R): their sum over B, or a biased mean. ValueError as in `loss`."""
+    terms = torch.where(mask, terms, 0.0)  # where, not ×: 0 · ∞ behind the EOS would be NaN
     if normalize == "batch":
         return terms.sum() / len(terms)
     if normalize == "token_mean":

@@ -20,7 +20,7 @@ from nano_opd.evaluate import pass_at_k, wilson
 # Row n describes the student after n updates, then the update that follows. An empty cell was not measured.
 COLUMNS = (
     "step rollouts seconds accuracy greedy_accuracy kl entropy response_length truncated loss grad_norm clip_fraction "
-    "leak_rate"
+    "leak_rate information_gap reward zero_groups weight_clip_fraction"
 ).split()
 
 
@@ -149,10 +149,14 @@ def report(
         ("entropy", "entropy, nats"),
         ("response_length", "response length, tokens"),
         ("truncated", "truncated, fraction"),
+        *([("leak_rate", "answers that cite"), ("information_gap", "I(Y; R | X), nats")] if cfg.privileged else []),
     ]:
         print(f"  {label:<24} {start[name]:.3f} → {end[name]:.3f}")
     print(f"  pass@4                   {pass_at_k(correct, 4):.3f} at the end")
-    print(f"  the teacher, sampled     {proportion(teacher_correct.float().mean().item())}")
+    print(
+        f"  {'with its reference' if cfg.privileged else 'the teacher'}, sampled".ljust(27)
+        + f"{proportion(teacher_correct.float().mean().item())}"
+    )
 
     print("\nfive sampled answers, wrong ones first:")
     right = correct[:, 0].tolist()

@@ -2,7 +2,8 @@
 
     loss = −(1/B) Σ_b Σ_n log p_θ(y*_n | x, y*_<n)          y* the worked solution with its EOS
 
-It is policy_gradient.loss with the solution in the place of the sample and A = 1.
+It is policy_gradient.loss with the solution in the place of the sample and A = 1. A model that is to be its own teacher
+learns two kinds of prompt at once, with the reference slot blank and with a reference in it.
 """
 
 from collections.abc import Iterator
@@ -13,19 +14,32 @@ from torch import Tensor
 from nano_opd import arithmetic, policy_gradient
 from nano_opd.gpt import GPT
 from nano_opd.rollout import response_logprobs
-from nano_opd.tokenizer import EOS, encode_batch
+from nano_opd.tokenizer import EOS, PAD, encode_batch
 
 
-def solution_tokens(problems: list[arithmetic.Problem], device: torch.device | str = "cpu") -> Tensor:
-    """Prompt, worked solution and EOS, (B, P+S) int64; all the same length, so nothing is padded."""
-    texts = encode_batch(arithmetic.prompt(p) + arithmetic.solution(p) for p in problems)
-    return torch.tensor([text + [EOS] for text in texts], device=device)
+def solution_tokens(
+    problems: list[arithmetic.Problem], device: torch.device | str = "cpu", styles: list[str] | None = None
+) -> Tensor:
+    """Prompt, worked solution and EOS, (B, P+S) int64, with PAD behind a solution that is shorter than the longest.
+
+    styles  what stands in each prompt's slot, as in arithmetic.reference, and is answered in kind; None: no slot
+    """
+    if styles is None:
+        texts = [arithmetic.prompt(p) + arithmetic.solution(p) for p in problems]
+    else:
+        texts = [
+            arithmetic.prompt(p, arithmetic.reference(p, style)) + arithmetic.solution(p, style)
+            for p, style in zip(problems, styles, strict=True)
+        ]
+    longest = max(map(len, texts), default=0)
+    rows = [row + [EOS] + [PAD] * (longest - len(row)) for row in encode_batch(texts)]
+    return torch.tensor(rows, device=device)
 
 
 def loss(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:
     """Summed cross-entropy of a solution in nats, averaged over the batch; tokens (B, P+S)."""
     logp = response_logprobs(model, tokens, prompt_length)
-    return policy_gradient.loss(logp, torch.ones_like(logp), torch.ones_like(logp, dtype=torch.bool))
+    return policy_gradient.loss(logp, torch.ones_like(logp), tokens[:, prompt_length:] != PAD)
 
 
 def adamw(model: GPT, lr: float) -> torch.optim.AdamW:
@@ -35,16 +49,19 @@ def adamw(model: GPT, lr: float) -> torch.optim.AdamW:
     )
 
 
-def train(model: GPT, problems: list[arithmetic.Problem], batch_size: int, lr: float) -> Iterator[None]:
+def train(
+    model: GPT, problems: list[arithmetic.Problem], batch_size: int, lr: float, styles: list[str] | None = None
+) -> Iterator[None]:
     """One pass over the problems' worked solutions, in place; yields after each update.
 
-    The learning rate decays linearly to 0.
+    The learning rate decays linearly to 0. `styles` as in `solution_tokens`.
     """
-    tokens = solution_tokens(problems, model.device)  # all in advance: the loop does nothing but train
+    tokens = solution_tokens(problems, model.device, styles)  # all in advance: the loop does nothing but train
     optimizer = adamw(model, lr)
     for first in range(0, len(problems), batch_size):
         optimizer.param_groups[0]["lr"] = lr * (1 - first / len(problems))
         optimizer.zero_grad()
-        loss(model, tokens[first : first + batch_size], arithmetic.prompt_length(problems[0].digits)).backward()
+        prompt_length = arithmetic.prompt_length(problems[0].digits, slot=styles is not None)
+        loss(model, tokens[first : first + batch_size], prompt_length).backward()
         optimizer.step()
         yield

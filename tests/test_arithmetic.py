@@ -114,6 +114,63 @@ def test_unknown_tasks_and_sizes_are_refused(task, digits, rng):
         arithmetic.sample_problems(task, digits, 1, rng)
 
 
+@pytest.mark.parametrize("task,digits", SIZES)
+def test_every_reference_fills_the_slot_and_determines_its_own_response(task, digits, rng):
+    for problem in arithmetic.sample_problems(task, digits, 200, rng):
+        slots = {style: arithmetic.reference(problem, style) for style in (*arithmetic.REFERENCES, "blank")}
+        for style, slot in slots.items():
+            text = arithmetic.prompt(problem, slot)
+            assert len(slot) == arithmetic.slot_length(digits)
+            assert len(text) == arithmetic.prompt_length(digits, slot=True)
+            assert text.endswith(" " + arithmetic.prompt(problem))
+            assert arithmetic.verify(problem, arithmetic.solution(problem, style))
+            assert arithmetic.cites(arithmetic.solution(problem, style)) == (style == "cite")
+        assert len(set(slots.values())) == 3 and set(slots["blank"]) == {arithmetic.BLANK}
+        assert slots["work"].endswith(arithmetic.steps(problem)[-1])
+        assert slots["cite"].endswith(arithmetic.steps(problem)[-1])
+        columns = arithmetic.solution(problem).split("#")[0].split()
+        assert slots["work"].startswith("".join(column[-2:] for column in columns))
+
+
+def test_the_slots_of_the_module_docstring():
+    problem = Problem("add", 3, 457, 68)
+    for style in (*arithmetic.REFERENCES, "blank"):
+        assert f'"{arithmetic.prompt(problem, arithmetic.reference(problem, style))}"' in arithmetic.__doc__
+    assert f'"{arithmetic.solution(problem, "cite")}"' in arithmetic.__doc__
+    with pytest.raises(ValueError, match="unknown reference 'carry'; choose from work, cite, blank"):
+        arithmetic.reference(problem, "carry")
+    with pytest.raises(ValueError, match="must be 11 characters"):
+        arithmetic.prompt(problem, "@")
+
+
+def test_references_are_drawn_per_group_from_all_styles_and_shuffled_to_another_problem(rng):
+    groups = arithmetic.sample_problems("add", 4, 200, rng)
+    batch = [problem for problem in groups for _ in range(3)]
+    valid = [{arithmetic.reference(p, style) for style in arithmetic.REFERENCES} for p in batch]
+    true, shuffled, none = (
+        arithmetic.draw_references(batch, 3, np.random.default_rng(5), which) for which in ("true", "shuffled", "none")
+    )
+    assert all(slot in slots for slot, slots in zip(true, valid))
+    assert all(true[i] == true[i + 1] == true[i + 2] for i in range(0, 600, 3))
+    assert 60 < sum(map(arithmetic.cites, true[::3])) < 140  # both styles, evenly
+    assert not any(slot in slots for slot, slots in zip(shuffled, valid))
+    assert [arithmetic.cites(slot) for slot in shuffled] == [arithmetic.cites(slot) for slot in true]
+    assert all(slot in valid[(i + 3) % 600] for i, slot in enumerate(shuffled))
+    assert set(none) == {arithmetic.reference(batch[0], "blank")}
+
+
+def test_the_first_wrong_token(rng):
+    for problem in arithmetic.sample_problems("mix", 3, 300, rng):
+        text = arithmetic.solution(problem)
+        assert arithmetic.first_wrong_token(problem, text) is None
+        i = int(rng.integers(len(text)))
+        broken = text[:i] + ("0" if text[i] != "0" else "1") + "9" * int(rng.integers(4))
+        assert arithmetic.first_wrong_token(problem, broken) == i
+        assert arithmetic.first_wrong_token(problem, text[:i]) == i  # its EOS came too early
+        assert arithmetic.first_wrong_token(problem, text + "0") == len(text)
+        assert arithmetic.first_wrong_token(problem, arithmetic.solution(problem, "cite")) == 0
+
+
 @given(st.sampled_from(list(arithmetic.TASKS)), st.integers(1, 8), st.data())
 @settings(max_examples=300, deadline=None)
 def test_any_text_can_be_verified_and_explained(task, digits, data):

@@ -81,12 +81,59 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp
         ["--method", "opd", "--gamma", "1", "--variance", "sampled"],
         ["--divergence", "alpha=0.5", "--variance", "full"],
         ["--log-u-clip", "2", "--normalize", "token_mean", "--grad-clip", "1", "--task", "mix"],
+        ["--method", "grpo", "--epochs", "3", "--loss-type", "dr_grpo", "--normalize", "sequence_mean"],
+        ["--method", "opsd", "--divergence", "forward_kl", "--teacher-sync", "1"],
+        ["--method", "grpo+opsd", "--opsd-coef", "0.1", "--reference", "none", "--teacher-sync", "5"],
+        ["--method", "rlsd", "--lam-warmup", "3", "--lam-decay", "4", "--reasoning-only", "--negative-only"],
     ],
 )
-def test_every_method_trains(arguments, tmp_path):
+def test_every_method_trains(arguments, tmp_path, lucky):
     run_dir = run(tmp_path, *arguments)
     start = torch.load(next((tmp_path / "warm_starts").glob("student*")), weights_only=True)["state"]
     assert all((start[name] != value).any() for name, value in weights(run_dir).items())
+
+
+@pytest.fixture
+def lucky(monkeypatch):
+    """A verifier that likes one response in two, since a tiny student is never right."""
+    monkeypatch.setattr(train, "rewards", lambda problems, rollout: (rollout.responses.sum(1) % 2).float())
+
+
+def test_rlsd_with_lambda_or_epsilon_zero_is_grpo_to_the_bit(tmp_path, lucky):
+    several = ["--epochs", "2", "--batch-size", "8"]
+    grpo = run(tmp_path / "grpo", "--method", "grpo", *several)
+    for name, *knobs in [("lam", "--lam", "0"), ("eps", "--eps-w", "0"), ("rlsd", "--lam", "1", "--eps-w", "0.9")]:
+        rlsd = run(tmp_path / name, "--method", "rlsd", *knobs, *several)
+        same_weights = all(torch.equal(value, weights(rlsd)[key]) for key, value in weights(grpo).items())
+        assert same_weights == (name != "rlsd")
+
+
+def test_the_self_teacher_is_frozen_synced_or_live(tmp_path, lucky):
+    """One checkpoint per update, so that the teacher's weights can be found among the student's of the past."""
+    for sync, origin in [(0, 0), (5, 10), (1, 11)]:
+        students = {}
+
+        def remember(cfg, state, save=runs.save, students=students):
+            students[state["step"]] = {name: value.clone() for name, value in state["student"].items()}
+            save(cfg, state)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runs, "save", remember)
+            knobs = ["--eval-every", "1", "--teacher-sync", str(sync)]
+            run_dir = run(tmp_path / str(sync), "--method", "rlsd", *knobs)
+        state = torch.load(run_dir / "checkpoint.pt", weights_only=True)["state"]
+        teacher = state["self_teacher"]
+        for step, student in students.items():
+            assert all(torch.equal(teacher[name], student[name]) for name in teacher) == (step == origin), step
+
+
+def test_the_reference_matters_and_the_control_is_another_one(tmp_path, lucky):
+    """Same seed, same rollouts: the first update's gradient tells what the teacher has read."""
+    norms = set()
+    for reference in ("true", "shuffled", "none"):
+        arguments = ["--method", "opsd", "--reference", reference, "--batch-size", "8"]
+        norms.add(metrics(run(tmp_path / reference, *arguments))[0]["grad_norm"])
+    assert len(norms) == 3 and "0.0" in norms  # without a reference the frozen teacher is the student
 
 
 def test_opd_and_opdplus_differ_and_the_full_rung_is_gkd(tmp_path):
@@ -134,6 +181,23 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_continue(finished, tmp_p
     rows = metrics(run_dir)
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)["state"]
     assert state["step"] == len(rows) == int(rows[-1]["step"]) + 1 and rows[-1]["grad_norm"]
+
+
+def test_a_self_taught_run_resumes_with_its_own_teacher(tmp_path, lucky, monkeypatch):
+    """Stopped between two syncs: the teacher that continues is neither the student nor the warm start."""
+    arguments = ["--method", "rlsd", "--teacher-sync", "5", "--lam", "1", "--eps-w", "0.9", "--batch-size", "8"]
+    whole, update = run(tmp_path / "whole", *arguments), train.update
+
+    def interrupt(cfg, step, *rest):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(cfg, step, *rest)
+
+    monkeypatch.setattr(train, "update", interrupt)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "parts", *arguments)
+    monkeypatch.setattr(train, "update", update)
+    assert same(whole, run(tmp_path / "parts", *arguments, "--resume"))
 
 
 def test_an_interrupted_run_continues_to_the_same_bits(finished, tmp_path, monkeypatch):
@@ -209,6 +273,17 @@ def refused(capsys, *arguments) -> str:
         ("--method sft --divergence jsd", "--divergence jsd means nothing with --method sft"),
         ("--method gkd --variance full", "--variance full means nothing with --method gkd"),
         ("--method gkd --log-u-clip 2", "--log-u-clip 2.0 means nothing with --method gkd"),
+        ("--lam 0.5", "--lam 0.5 means nothing with --method opdplus: it is read by rlsd"),
+        ("--method grpo --reference shuffled", "--reference shuffled means nothing with --method grpo"),
+        ("--method rlsd --divergence jsd", "--divergence jsd means nothing with --method rlsd"),
+        ("--method opsd --loss-type grpo", "--loss-type grpo means nothing with --method opsd"),
+        ("--method rlsd --lam 1.5", "--lam 1.5: must be from 0.0 to 1.0"),
+        ("--method rlsd --eps-w -1", "--eps-w -1.0: must be 0.0 or more"),
+        ("--method rlsd --reference false", "--reference false: choose from true, shuffled, none"),
+        ("--method grpo --group-size 1", "--group-size 1: must be 2 or more"),
+        ("--method grpo --batch-size 126", "--batch-size 126: must be a multiple of --group-size 4"),
+        ("--method rlsd --batch-size 4 --reference shuffled", "--reference shuffled: needs two groups or more"),
+        ("--method grpo --clip-low 2", "--clip-low 2.0: must be from 0.0 to 1.0"),
         ("--temperature 0.7", "unrecognized arguments: --temperature 0.7"),
         ("--step 5", "unrecognized arguments: --step 5"),
         ("opdplus", "unrecognized arguments: opdplus"),
@@ -321,5 +396,5 @@ def test_help_names_the_symbols_and_every_knob(capsys):
     assert end.value.code == 0
     for name in vars(config.Config()):
         assert "--" + name.replace("_", "-") in text
-    for symbol in ("γ", "D_f(q‖p)", "A_t", "log u"):
+    for symbol in ("γ", "D_f(q‖p)", "A_t", "log u", "λ", "ε_w", "Â_t", "w_t", "ρ", "P_S", "P_T", "Δ_t", " G,"):
         assert symbol in text

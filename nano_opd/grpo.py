@@ -1,0 +1,103 @@
+"""GRPO, group-relative policy optimisation: what is A_i when all that is known is whether the answer is right?
+
+G responses i to one prompt, rewards R_i ∈ {0, 1}; every token of response i gets
+
+    A_i  =  (R_i − mean_group R) / (std_group R + ε)        dr_grpo:  A_i = R_i − mean_group R
+
+and several epochs over one batch of rollouts are kept near the policy p_old that sampled it by a clipped ratio:
+
+    ρ_n  =  p_θ(y_n|s_n) / p_old(y_n|s_n)
+    loss =  −(1/B) Σ_i Σ_n min( ρ_n A_i, clip(ρ_n, 1 − clip_low, 1 + clip_high) A_i )
+
+On the first epoch ρ = 1 and the gradient is that of policy_gradient.loss.
+
+Sources: GRPO, arXiv 2402.03300, §4.1; Dr. GRPO, 2503.20783; separate clips as in the RLSD configuration, 2604.03128.
+
+What differs from the papers: no KL term. GRPO divides each response's sum by that response's own length, which favours
+long wrong answers, and Dr. GRPO drops both that and the std. Here the divisor is the constant B for both, so they
+differ by the std alone; normalize="sequence_mean" puts the paper's per-length divisor back.
+"""
+
+import torch
+from torch import Tensor
+
+from nano_opd.checks import require_batch, require_same_shape
+from nano_opd.policy_gradient import reduce
+
+EPSILON = 1e-6
+
+
+def advantage(rewards: Tensor, group_size: int, normalize_std: bool = True) -> Tensor:
+    """A_i of each response, (B,), detached; exactly 0 in a group whose rewards are all equal.
+
+    rewards        (B,), the G responses to one prompt standing together
+    group_size     G; the std is the population's, over these G
+    normalize_std  False is Dr. GRPO
+
+    Raises ValueError unless G ≥ 2 divides B.
+    """
+    groups = _groups(rewards, group_size)  # (B/G, G)
+    A = groups - groups.mean(1, keepdim=True)
+    if normalize_std:
+        A = A / (groups.std(1, correction=0, keepdim=True) + EPSILON)
+    # G equal rewards need not have exactly their own value as mean in floating point
+    return torch.where(_equal(groups), 0.0, A).flatten()
+
+
+def zero_fraction(rewards: Tensor, group_size: int) -> Tensor:
+    """Fraction of groups that teach nothing because their rewards are all equal, a scalar; errors as `advantage`."""
+    return _equal(_groups(rewards, group_size)).float().mean()
+
+
+def clipped_surrogate(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+    normalize: str = "batch",
+) -> Tensor:
+    """The loss above, a scalar: minus the pessimistic surrogate of PPO, summed over tokens and divided by B.
+
+    logp       (B, R) log p_θ(y_n|s_n) in nats, differentiable
+    old_logp   (B, R) the same under the policy that sampled the batch
+    advantage  (B,) one number per response, or (B, R) one per token; detached
+    mask       (B, R) bool
+    clip_low, clip_high  a token has no gradient once ρ < 1 − clip_low with A < 0, or ρ > 1 + clip_high with A > 0
+    normalize  as in policy_gradient.loss
+
+    Raises ValueError if the advantage carries a gradient, for shapes that do not match or a mask that is not bool.
+    """
+    if advantage.requires_grad:
+        raise ValueError("the advantage carries a gradient: a method must return it detached")
+    require_batch(mask, logp=logp, old_logp=old_logp)
+    if advantage.dim() == 1:
+        require_same_shape(advantage=advantage, responses=logp[:, 0])
+        advantage = advantage.unsqueeze(1)  # (B, 1)
+    else:
+        require_same_shape(advantage=advantage, logp=logp)
+    ratio = _ratio(logp, old_logp, mask)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return reduce(-torch.minimum(ratio * advantage, clipped * advantage), mask, normalize)
+
+
+def clip_fraction(logp: Tensor, old_logp: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """Fraction of sampled tokens whose ratio lies outside the clip, a scalar; arguments as `clipped_surrogate`."""
+    ratio = _ratio(logp, old_logp, mask)[mask]
+    return ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float().mean()
+
+
+def _groups(rewards: Tensor, group_size: int) -> Tensor:
+    if group_size < 2 or len(rewards) % group_size:
+        raise ValueError(f"{len(rewards)} rewards are not groups of group_size {group_size} ≥ 2")
+    return rewards.detach().view(-1, group_size)  # drops nothing: a verifier has no gradient
+
+
+def _equal(groups: Tensor) -> Tensor:
+    return (groups == groups[:, :1]).all(1, keepdim=True)
+
+
+def _ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+    old_logp = old_logp.detach()  # drops nothing: p_old is the policy of the past
+    return torch.where(mask, logp - old_logp, 0.0).exp()

@@ -1,0 +1,95 @@
+"""RLSD, reinforcement learning with self-distillation: the reward's direction, the privileged self's magnitude.
+
+The model that has seen a reference r scores the response of the model that has not:
+
+    Δ_n = sg( log P_T(y_n|x, r, y_<n) − log P_S(y_n|x, y_<n) )        privileged information gain, nats
+    w_n = exp( sign(A) Δ_n ) = (P_T / P_S)^{sign A}                   evidence weight
+    Â_n = A · [ (1 − λ) + λ · clip(w_n, 1 − ε_w, 1 + ε_w) ]           A from GRPO, one per response
+
+A right response is credited most where knowing r makes the token likelier; a wrong one is blamed most where knowing r
+makes it less likely. w > 0, so Â never changes the sign of A: the teacher says how much, never which way, and what only
+a reader of r would do is rewarded no more than the verifier rewards it.
+
+Source: "Self-Distilled RLVR", arXiv 2604.03128, §3, with the options of its public code. What differs from the paper:
+the divisor of the loss is the constant B (grpo.py), and on the first epoch the live P_S is the one that sampled.
+"""
+
+import torch
+from torch import Tensor
+
+from nano_opd.checks import require_batch, require_same_shape
+
+
+def advantage(
+    advantage: Tensor,
+    teacher_logp: Tensor,
+    student_logp: Tensor,
+    mask: Tensor,
+    lam: float,
+    eps_w: float,
+    negative_only: bool = False,
+    span: Tensor | None = None,
+) -> Tensor:
+    """Â_n of each sampled token, (B, R), detached, 0 where mask is False.
+
+    advantage      (B,) A of each response, from grpo.advantage
+    teacher_logp   (B, R) log P_T(y_n|x, r, y_<n), nats
+    student_logp   (B, R) log P_S(y_n|x, y_<n), nats: of the live policy or of the one that sampled
+    mask           (B, R) bool
+    lam            λ ∈ [0, 1]; 0 is GRPO
+    eps_w          ε_w ≥ 0; 0 is GRPO
+    negative_only  reweight only the responses with A < 0
+    span           (B, R) bool or None: reweight only these tokens, for example the reasoning before the answer
+
+    Raises ValueError for λ or ε_w outside its range, shapes that do not match or a mask that is not bool.
+    """
+    _require_range(lam, eps_w)
+    require_batch(mask, teacher_logp=teacher_logp, student_logp=student_logp)
+    require_same_shape(advantage=advantage, responses=mask[:, 0])
+    A = advantage.unsqueeze(1)  # (B, 1)
+    w = evidence_weight(A, teacher_logp, student_logp, mask)
+    multiplier = (1 - lam) + lam * w.clamp(1 - eps_w, 1 + eps_w)
+    if negative_only:
+        multiplier = torch.where(A < 0, multiplier, 1.0)
+    if span is not None:
+        multiplier = torch.where(span, multiplier, 1.0)
+    return torch.where(mask, A * multiplier, 0.0)
+
+
+def evidence_weight(advantage: Tensor, teacher_logp: Tensor, student_logp: Tensor, mask: Tensor) -> Tensor:
+    """w_n = (P_T/P_S)^{sign A} before the clip, (B, R), detached; 1 where mask is False or A = 0.
+
+    advantage (B, 1) or (B, R); the others as in `advantage`
+    """
+    gain = torch.where(mask, teacher_logp - student_logp, 0.0)  # Δ
+    w = torch.where(advantage == 0, 0.0, advantage.sign() * gain).exp()
+    return w.detach()  # drops ∇P_S, the sg of Δ: the weight is a judgement, not an objective
+
+
+def clip_fraction(advantage: Tensor, teacher_logp: Tensor, student_logp: Tensor, mask: Tensor, eps_w: float) -> Tensor:
+    """Fraction of the sampled tokens of responses with A ≠ 0 whose weight the clip bounds, a scalar (0 if none).
+
+    advantage (B,); the others as in `advantage`
+    """
+    A = advantage.unsqueeze(1)
+    w = evidence_weight(A, teacher_logp, student_logp, mask)[mask & (A != 0)]
+    return ((w < 1 - eps_w) | (w > 1 + eps_w)).float().sum() / max(1, w.numel())
+
+
+def lam_at(step: int, lam: float, warmup: int = 0, decay: int = 0) -> float:
+    """λ of update `step`: linear from 0 over `warmup` updates, then linear to 0 over `decay`; 0 updates switch off.
+
+    Raises ValueError for a negative number of updates.
+    """
+    if min(step, warmup, decay) < 0:
+        raise ValueError(f"numbers of updates must not be negative: {step=}, {warmup=}, {decay=}")
+    if step < warmup:
+        return lam * step / warmup
+    return lam * max(0.0, 1 - (step - warmup) / decay) if decay else lam
+
+
+def _require_range(lam: float, eps_w: float) -> None:
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam must lie in [0, 1], not {lam}")
+    if not 0 <= eps_w < float("inf"):
+        raise ValueError(f"eps_w must be finite and not negative, not {eps_w}")
