@@ -30,6 +30,8 @@ REFERENCES = ("work", "cite")
 
 
 class Problem(NamedTuple):
+    """One problem: operands a and b of so many digits, and the name of the task that joins them."""
+
     task: str
     digits: int
     a: int
@@ -42,7 +44,7 @@ class Add:
     symbol = "+"
 
     def operands(self, rng, size, digits):
-        """Two int64 arrays (size,), uniform over the task's problems."""
+        """Two int64 arrays (size,) of uniform operands."""
         return rng.integers(10**digits, size=(2, size))
 
     def column(self, x: int, y: int, carry: int) -> tuple[int, int]:
@@ -60,7 +62,7 @@ class Sub:
     symbol = "-"
 
     def operands(self, rng, size, digits):
-        """The larger operand first, so that no answer is negative."""
+        """Two uniform operands, the larger first, so that no answer is negative."""
         return np.sort(rng.integers(10**digits, size=(2, size)), axis=0)[::-1]
 
     def column(self, x: int, y: int, carry: int) -> tuple[int, int]:
@@ -131,7 +133,7 @@ def is_held_out(task: str, a, b) -> np.ndarray:
 def sample_problems(
     task: str, digits: int, size: int, rng: np.random.Generator, held_out: bool = False
 ) -> list[Problem]:
-    """`size` problems drawn uniformly, with replacement, from one side of the split; "mix" draws its task first.
+    """`size` problems with uniform operands, with replacement, from one side of the split; "mix" draws its task first.
 
     Raises ValueError for an unknown task or a number of digits outside 1 … 8.
     """

@@ -38,6 +38,14 @@ def require_log_ratio(log_u: Tensor) -> None:
         )
 
 
+def require_no_nan(name: str, values: Tensor) -> None:
+    """Raises NumericalFault for NaN, in sums over the vocabulary; an infinite divergence is a divergence."""
+    if values.isnan().any():
+        raise NumericalFault(
+            f"the {name} is NaN: the logits hold NaN, or give a token less than float32 can hold (e^-88)"
+        )
+
+
 def require_finite(name: str, values: Tensor, likely: str) -> None:
     """Raises NumericalFault with the likely cause when any value is not finite."""
     if not torch.isfinite(values).all():

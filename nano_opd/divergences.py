@@ -51,14 +51,17 @@ def _box_cox(x: Tensor, a: float) -> Tensor:
 
 
 def _alpha_f(x: Tensor, alpha: float) -> Tensor:
-    """f = u φ_{α−1} − φ_α, the one formula for (u^α − αu − (1−α)) / (α(α−1)) that also holds at α = 0 and α = 1.
+    """f = u φ_{α−1} − φ_α = (φ_α − φ_1)/(α−1), that is (u^α − αu − (1−α)) / (α(α−1)) and its limits at α = 0 and α = 1.
 
-    The two terms cancel near u = 1; there it is the power series Σ_{k≥2} (1 + α + … + α^{k−2}) x^k/k!.
+    The first form is for α near 1, the second for u near 0. Near u = 1 the terms of both cancel; there f is its power
+    series Σ_{k≥2} (1 + α + … + α^{k−2}) x^k/k!.
     """
-    w = _box_cox(x, alpha)
-    above_zero = x.where(x > -math.inf, 0.0)  # the product is 0 · ∞ at u = 0, where f → −w_f
-    f = exp(above_zero) * _box_cox(above_zero, alpha - 1) - w
-    f = f.where(x > -math.inf, -w).where(w != math.inf, math.inf)  # where w_f overflows, f does
+    w, u_minus_1 = _box_cox(x, alpha), expm1(x)
+    if abs(alpha - 1) > 0.5:
+        f = (w - u_minus_1) / (alpha - 1)
+    else:
+        f = exp(x) * _box_cox(x.clamp(min=-100), alpha - 1) - w  # below, the product is 0 to any precision
+    f = f.where((w < math.inf) & (u_minus_1 < math.inf) | x.isnan(), math.inf)  # both terms overflow with f
     near_one = x.clamp(-0.1, 0.1)
     series = sum(sum(alpha**j for j in range(k - 1)) / math.factorial(k) * near_one**k for k in range(2, 9))
     return torch.where(x.abs() * max(1, abs(alpha)) < 0.1, series, f)
@@ -128,8 +131,8 @@ def get(name: str) -> Divergence:
             alpha = float(name.removeprefix("alpha="))
         except ValueError:
             alpha = math.nan
-        if not math.isfinite(alpha):
-            raise ValueError(f"divergence {name!r}: alpha must be a finite number, as in alpha=0.5")
+        if not abs(alpha) <= 10:
+            raise ValueError(f"divergence {name!r}: alpha must be a number from -10 to 10, as in alpha=0.5")
         return _alpha(name, alpha)
     near = difflib.get_close_matches(name, DIVERGENCES, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""

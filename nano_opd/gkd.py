@@ -2,7 +2,8 @@
 
     loss = (1/B) Σ_b Σ_n Σ_v p_θ(v|s_n) f( q(v|s_n) / p_θ(v|s_n) )  =  (1/B) Σ_b Σ_n D_f(q ‖ p_θ)(s_n)
 
-Source: GKD, arXiv 2306.13649, §3. What differs from the paper: any f-divergence, and student samples only.
+Source: GKD, arXiv 2306.13649, §3. What differs from the paper: any f-divergence, student samples only, and the
+constant divisor B in the place of each response's own length.
 
 Its gradient Σ_v ∇p_v (f − u f′)(u_v) is the mean of OPD+'s at γ = 0 over the action y_n, so it carries no action
 variance. With `stop_gradient` it is the mean of OPD's instead: that estimator's bias, without its noise.
@@ -11,7 +12,7 @@ variance. With `stop_gradient` it is the mean of OPD's instead: that estimator's
 import torch
 from torch import Tensor
 
-from nano_opd.checks import NumericalFault, require_batch, require_same_shape
+from nano_opd.checks import require_batch, require_no_nan, require_same_shape
 from nano_opd.divergences import Divergence
 
 
@@ -36,8 +37,5 @@ def loss(
     if stop_gradient:
         f = f.detach()  # drops p ∇f(u) = −u f′(u) ∇p: the whole difference between OPD and OPD+
     loss = (student_logp.exp() * f).sum() / len(mask)
-    if loss.isnan():
-        raise NumericalFault(
-            f"the divergence of logits {tuple(student_logits.shape)} is NaN: they hold NaN or overflow"
-        )
+    require_no_nan("divergence", loss)
     return loss

@@ -25,7 +25,7 @@ class GPTConfig:
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 64
-    rope_base: float = 100.0  # longest rotary wavelength ≈ 2π·base: short, as the sequences are; 10000 for 1024 tokens
+    rope_base: float = 100.0  # rotary wavelengths run up to about 2π·base: short, as the sequences are
 
     def __post_init__(self):
         for name, value in vars(self).items():

@@ -5,17 +5,18 @@ taken for a reward, as if u_n did not depend on θ:
 
     A_n  =  −f(u_n)  +  Σ_{m>n} γ^{m−n} (−f(u_m))          gradient estimate  Σ_n A_n ∇log p_θ(y_n|s_n)
 
-Sources: GKD, arXiv 2306.13649; Lu & Thinking Machines Lab, "On-Policy Distillation", 2025.
+Sources: student samples, GKD, arXiv 2306.13649; the reward, Lu & Thinking Machines Lab, "On-Policy Distillation",
+2025; the stop-gradient for general f, arXiv 2606.01039, §2.
 
-What this drops: differentiating E_p[f(u)] gives −f(u) ∇log p and also u f′(u) ∇log p. For reverse KL the second has
-mean E[−∇log p] = 0. For every other f it is a bias, and not even one that the divergence determines: f and f + c(u−1)
+What this drops: −∇E_p[f(u)] is the mean of −f(u) ∇log p plus that of u f′(u) ∇log p. For −ln u, reverse KL, the
+latter is E[−∇log p] = 0. For other f it is a bias, and not even one that the divergence determines: f and f + c(u−1)
 are the same divergence, with two different −f.
 """
 
 import torch
 from torch import Tensor
 
-from nano_opd.checks import require_batch, require_log_ratio, require_same_shape
+from nano_opd.checks import require_batch, require_log_ratio, require_no_nan, require_same_shape
 from nano_opd.divergences import Divergence
 from nano_opd.policy_gradient import future_return
 
@@ -49,9 +50,11 @@ def exact_baseline(student_logits: Tensor, teacher_logits: Tensor, divergence: D
 
     student_logits, teacher_logits  (B, R, V)
 
-    Raises ValueError when their shapes differ.
+    Raises ValueError when their shapes differ, or the sum is NaN: below p = e^−88, u = ∞ in float32.
     """
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     student_logp = student_logits.detach().log_softmax(-1)  # drops nothing: a baseline is a constant
-    log_u = teacher_logits.detach().log_softmax(-1) - student_logp
-    return (student_logp.exp() * divergence.stop_gradient(log_u)).sum(-1)
+    log_u = teacher_logits.detach().log_softmax(-1) - student_logp  # drops nothing: the teacher is not trained
+    baseline = (student_logp.exp() * divergence.stop_gradient(log_u)).sum(-1)
+    require_no_nan("baseline", baseline)
+    return baseline

@@ -7,15 +7,15 @@ E_p[f(u)] is kept whole, the part through u_n included:
 
 Source: "OPD+: Rethinking the Advantage Design for On-Policy Distillation", arXiv 2606.01039, §3 and Table 1.
 
-What this is unbiased for: γ = 0, the divergence D_f(q ‖ p_θ) at each prefix with the distribution of prefixes held
-fixed; γ = 1, the gradient of J = E_y Σ_n f(u_n). Between them it interpolates and is unbiased for neither. The
+What Σ_n A_n ∇log p is unbiased for: γ = 0, minus the gradient of the divergence D_f(q ‖ p_θ) at each prefix with the
+distribution of prefixes held fixed; γ = 1, −∇J of J = E_y Σ_n f(u_n). In between it is unbiased for neither. The
 correction u f′(u) belongs to the token's own advantage alone: summing w_f into the return is wrong.
 """
 
 import torch
 from torch import Tensor
 
-from nano_opd.checks import require_batch, require_log_ratio, require_same_shape
+from nano_opd.checks import require_batch, require_log_ratio, require_no_nan, require_same_shape
 from nano_opd.divergences import Divergence
 from nano_opd.policy_gradient import future_return
 
@@ -49,9 +49,11 @@ def exact_baseline(student_logits: Tensor, teacher_logits: Tensor, divergence: D
 
     student_logits, teacher_logits  (B, R, V)
 
-    Raises ValueError when their shapes differ.
+    Raises ValueError when their shapes differ, or the sum is NaN: below p = e^−88, u = ∞ in float32.
     """
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     student_logp = student_logits.detach().log_softmax(-1)  # drops nothing: a baseline is a constant
-    log_u = teacher_logits.detach().log_softmax(-1) - student_logp
-    return (student_logp.exp() * divergence.unbiased(log_u)).sum(-1)
+    log_u = teacher_logits.detach().log_softmax(-1) - student_logp  # drops nothing: the teacher is not trained
+    baseline = (student_logp.exp() * divergence.unbiased(log_u)).sum(-1)
+    require_no_nan("baseline", baseline)
+    return baseline

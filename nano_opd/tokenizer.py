@@ -36,13 +36,13 @@ def encode_batch(texts: Iterable[str]) -> list[list[int]]:
 
 
 def decode(tokens: Iterable[int]) -> str:
-    """The text up to the first EOS or PAD. Raises ValueError for an id outside the vocabulary."""
+    """The text up to the first EOS; a sampled PAD shows. Raises ValueError for an id outside the vocabulary."""
     text = []
     for token in tokens:
         token = int(token)
         if not 0 <= token < VOCAB_SIZE:
             raise ValueError(f"token {token} is not in the vocabulary 0 … {VOCAB_SIZE - 1}")
-        if token >= EOS:
+        if token == EOS:
             break
         text.append(token)
     return ENCODING.decode(text)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nano_opd import divergences
 
-NAMES = [*divergences.DIVERGENCES, "alpha=-0.5", "alpha=0", "alpha=0.5", "alpha=1", "alpha=1.7"]
+NAMES = [*divergences.DIVERGENCES, "alpha=-0.5", "alpha=0", "alpha=0.5", "alpha=1", "alpha=1.7", "alpha=-2"]
 
 # f as PAPERS print it, in u: independent of the log-space forms of divergences.py.
 TEXTBOOK = {
@@ -26,6 +26,7 @@ TEXTBOOK = {
     "alpha=0.5": lambda u: (u**0.5 - 0.5 * u - 0.5) / -0.25,
     "alpha=1": lambda u: u * u.log() - u + 1,
     "alpha=1.7": lambda u: (u**1.7 - 1.7 * u + 0.7) / (1.7 * 0.7),
+    "alpha=-2": lambda u: (u**-2.0 + 2 * u - 3) / 6,
 }
 
 # w_f as the paper's Table 1 and its extension print it.
@@ -99,8 +100,8 @@ def test_float32_is_finite_and_accurate_where_the_value_is_representable(name, f
     got = getattr(divergences.get(name), function)(x)
     want = getattr(divergences.get(name), function)(x.double())
     representable = want.abs() < torch.finfo(torch.float32).max
-    assert got.dtype == torch.float32 and representable.all()
-    torch.testing.assert_close(got.double(), want, rtol=3e-5, atol=1e-30)
+    assert got.dtype == torch.float32 and (representable.all() or (name, function) == ("alpha=-2", "f_prime"))
+    torch.testing.assert_close(got[representable].double(), want[representable], rtol=3e-5, atol=1e-30)
 
 
 def test_float64_forms_near_one_against_the_power_series():
@@ -173,16 +174,24 @@ def test_names():
     assert divergences.get("alpha=0.25").name == "alpha=0.25"
     with pytest.raises(ValueError, match="did you mean 'forward_kl'.*reverse_kl.*alpha=<float>"):
         divergences.get("forwardkl")
-    for bad in ("alpha=", "alpha=nan", "alpha=inf", "alpha=x"):
-        with pytest.raises(ValueError, match="finite number"):
+    for bad in ("alpha=", "alpha=nan", "alpha=inf", "alpha=x", "alpha=1e60"):
+        with pytest.raises(ValueError, match="number from -10 to 10"):
             divergences.get(bad)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@given(x=st.floats(-80, 80) | st.sampled_from([-math.inf, math.inf]))
-@settings(max_examples=60, deadline=None)
-def test_no_log_ratio_gives_nan(name, x):
+@pytest.mark.parametrize("name", [*NAMES, "alpha=0.3", "alpha=1.4", "alpha=-7"])
+@given(x=st.floats(-2000, 2000) | st.floats(-80, 80) | st.sampled_from([-math.inf, math.inf]))
+@settings(max_examples=80, deadline=None)
+def test_no_log_ratio_gives_nan_or_an_infinity_of_the_wrong_sign(name, x):
+    """All of u from 0 to ∞; and every f but −ln u and u ln u is non-negative pointwise."""
     d = divergences.get(name)
     for dtype in (torch.float32, torch.float64):
+        log_u = torch.tensor([x], dtype=dtype)
         for function in (d.f, d.f_prime, d.stop_gradient, d.unbiased):
-            assert not function(torch.tensor([x], dtype=dtype)).isnan().any()
+            assert not function(log_u).isnan().any()
+        if name not in ("reverse_kl", "forward_kl"):
+            assert d.f(log_u) >= 0
+    if abs(x) <= 300:  # float32 agrees with float64 wherever the value fits
+        got, want = d.f(torch.tensor(x)).double(), d.f(torch.tensor(x, dtype=torch.float32).double())
+        if want.abs() < 1e38:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-30)

@@ -31,8 +31,12 @@ def logits():
 def test_advantages_equal_the_formula_term_by_term(name, gamma, batch):
     log_u, mask = batch
     d = divergences.get(name)
+    baseline = torch.arange(30, dtype=torch.float64).view(6, 5) + 1
     for method, own in [(opd, d.stop_gradient), (opdplus, d.unbiased)]:
         A = method.advantage(log_u, mask, d, gamma)
+        torch.testing.assert_close(
+            method.advantage(log_u, mask, d, gamma, baseline), A - torch.where(mask, baseline, 0.0)
+        )
         for b in range(6):
             L = int(mask[b].sum())
             for n in range(5):
@@ -55,11 +59,19 @@ def test_what_stands_behind_the_mask_never_matters(method, gamma, batch):
 @pytest.mark.parametrize("method", [opd, opdplus])
 def test_advantages_and_baselines_are_detached(method, batch, logits):
     log_u, mask = batch
-    student = logits[0].requires_grad_()
+    student, teacher = logits
     d = divergences.get("jsd")
-    baseline = method.exact_baseline(student, logits[1], d)
-    A = method.advantage(log_u.requires_grad_(), mask, d, 0.5, baseline)
-    assert not A.requires_grad and not baseline.requires_grad
+    assert not method.exact_baseline(student.requires_grad_(), teacher, d).requires_grad
+    assert not method.exact_baseline(student.detach(), teacher.requires_grad_(), d).requires_grad
+    assert not method.advantage(log_u, mask, d, 0.5, log_u.clone().requires_grad_()).requires_grad
+    assert not method.advantage(log_u.requires_grad_(), mask, d, 0.5).requires_grad
+
+
+def test_the_teacher_is_not_trained(logits):
+    """One network may be both (self-distillation): its gradient is the student's alone."""
+    student, teacher = (x.clone().requires_grad_() for x in logits)
+    gkd.loss(student, teacher, torch.ones(6, 5, dtype=torch.bool), divergences.get("jsd")).backward()
+    assert student.grad.norm() > 0 and teacher.grad is None
 
 
 @pytest.mark.parametrize("name", NAMES)

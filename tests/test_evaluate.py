@@ -22,7 +22,7 @@ def test_wilson_covers_the_truth():
             low, high = evaluate.wilson(k, n)
             assert -1e-12 <= low < high <= 1 + 1e-12
             covered += binomial.log_prob(torch.tensor(float(k))).exp().item() * (low <= p <= high)
-        assert covered > 0.92
+        assert covered > 0.93
     assert evaluate.wilson(0, 500)[1] < 0.01 < 0.99 < evaluate.wilson(500, 500)[0]
 
 
@@ -45,6 +45,8 @@ def test_a_right_answer_counts_only_with_its_eos():
     mask = torch.tensor([[True] * 11 + [False], [True] * 11 + [False], [True] * 12])
     rollout = Rollout(tokens, 4, mask, torch.zeros(3, 12))
     assert evaluate.rewards([problem] * 3, rollout).tolist() == [1, 0, 0]
+    padded = torch.tensor([rows[0] + [PAD, 9, EOS]])  # a PAD can be sampled like any token; it ends nothing
+    assert evaluate.rewards([problem], Rollout(padded, 4, torch.ones(1, 13, dtype=torch.bool), torch.zeros(1, 13))) == 0
     cut = Rollout(tokens[2:, :-2], 4, mask[2:, :-2], torch.zeros(1, 10))  # the right answer, but never an EOS
     assert cut.truncated.item() and evaluate.rewards([problem], cut).tolist() == [0]
 
