@@ -18,6 +18,8 @@ MAX_DIGITS = 8
 
 
 class Problem(NamedTuple):
+    """One problem: operands a and b of so many digits, and the name of the task that joins them."""
+
     task: str
     digits: int
     a: int

@@ -53,5 +53,5 @@ def exact_baseline(student_logits: Tensor, teacher_logits: Tensor, divergence: D
     """
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     student_logp = student_logits.detach().log_softmax(-1)  # drops nothing: a baseline is a constant
-    log_u = teacher_logits.detach().log_softmax(-1) - student_logp
+    log_u = teacher_logits.detach().log_softmax(-1) - student_logp  # drops nothing: the teacher is not trained
     return (student_logp.exp() * divergence.unbiased(log_u)).sum(-1)
