@@ -89,8 +89,8 @@ def gpt_policy(model: GPT, prompt: Tensor) -> tuple[Policy, Tensor]:
                 len(prompt),
             )
 
-    # drops nothing: these are θ's values, and the gradient is taken where they enter the policy
-    return policy, torch.cat([w.detach().flatten().double() for w in weights])
+    values = [w.detach().flatten().double() for w in weights]  # drops nothing: θ is a new leaf, and policy reads it
+    return policy, torch.cat(values)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,17 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
+from nano_opd import divergences
 from nano_opd.evaluate import mean_interval, wilson
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+OWN_COLOR = {"OPD+": COLORS[0], "OPD": COLORS[1], "exact": COLORS[6]}  # the same in every figure
 
 
 def training_curves(rows: Sequence[dict], eval_size: int, response_cap: int, title: str) -> Figure:
@@ -110,4 +114,120 @@ def token_credit(rows: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:
         ax.text(-0.3, -y - 0.4, label, ha="right", va="center")
     ax.set(xlim=(0, max(len(text) for _, text, _ in rows)), ylim=(-len(rows), 0.1))
     ax.set_axis_off()
+    return figure
+
+
+def _axes(panels: Sequence[str], ylabel: str | Sequence[str], height: float, columns: int | None = None) -> tuple:
+    """A figure of page width and its axes, one per panel title, row by row."""
+    columns = columns or len(panels)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(9, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    ylabels = [ylabel if n % columns == 0 else "" for n in range(len(panels))] if isinstance(ylabel, str) else ylabel
+    for ax, title, label in zip(axes, panels, ylabels):
+        ax.set_title(title, fontsize="medium")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def rewards(log_u: np.ndarray, divergence_names: Sequence[str]) -> Figure:
+    """−f(u) and w_f(u) of each divergence against log u, over the histogram of the log u (N,) of sampled tokens."""
+    figure, axes = _axes(divergence_names, "advantage", 2.3, columns=3)
+    x = torch.linspace(-8, 4, 481, dtype=torch.float64)
+    for n, (ax, name) in enumerate(zip(axes, divergence_names)):
+        divergence = divergences.get(name)
+        ax.plot(x, divergence.stop_gradient(x), color=COLORS[1], linestyle="--", label="OPD: −f(u)")
+        ax.plot(x, divergence.unbiased(x), color=COLORS[0], label="OPD+: w_f(u)")
+        ax.axhline(0, color="black", linewidth=0.6)
+        ax.axvline(0, color="black", linewidth=0.6)
+        ax.set(ylim=(-4, 4), xlim=(-8, 4), xticks=(-8, -4, 0, 4))
+        if n >= len(divergence_names) - 3:
+            ax.set_xlabel("log u (nats)")
+        counts = ax.twinx()
+        weights = np.full(len(log_u), 1 / len(log_u))
+        counts.hist(log_u, bins=96, range=(-8, 4), weights=weights, color="#D0D0D0", log=True)
+        counts.set_ylim(1e-4, 1)
+        counts.tick_params(axis="y", which="both", right=False, labelright=False)
+        ax.set_zorder(counts.get_zorder() + 1)
+        ax.patch.set_visible(False)
+    handles, labels = ax.get_legend_handles_labels()
+    handles.append(Patch(color="#D0D0D0"))
+    figure.legend(
+        handles, [*labels, "sampled tokens (fraction, log scale 10⁻⁴ … 1)"], loc="outside upper center", ncols=3
+    )
+    return figure
+
+
+def bars(
+    panels: dict[str, dict[str, dict[str, float]]],
+    ylabel: str | Sequence[str],
+    height: float = 3.2,
+    log: bool = False,
+    columns: int | None = None,
+) -> Figure:
+    """Grouped bars, {panel title: {legend label: {group: value}}}; one ylabel for all panels or one for each."""
+    figure, axes = _axes(list(panels), ylabel, height, columns)
+    for ax, series in zip(axes, panels.values()):
+        width = 0.8 / len(series)
+        for n, (label, values) in enumerate(series.items()):
+            x = np.arange(len(values)) + (n - (len(series) - 1) / 2) * width
+            ax.bar(
+                x,
+                values.values(),
+                width,
+                color=OWN_COLOR.get(label.split(",")[0] if n < 2 else label, COLORS[n]),
+                label=label,
+            )
+        groups = list(next(iter(series.values())))
+        tilt = {"rotation": 40, "ha": "right"} if max(map(len, groups)) * len(groups) > 90 / len(panels) else {}
+        ax.set_xticks(range(len(groups)), groups, **tilt)
+        if log:
+            ax.set_yscale("log")
+        ax.axhline(0, color="black", linewidth=0.6)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def curves(
+    panels: dict[str, dict[str, tuple]],
+    xlabel: str,
+    ylabel: str | Sequence[str],
+    height: float = 3.2,
+    xscale: str = "linear",
+    yscale: str = "linear",
+    columns: int | None = None,
+) -> Figure:
+    """Lines, {panel title: {legend label: (x, y) or (x, y, error)}}; "predicted …" is the dashed line of …."""
+    figure, axes = _axes(list(panels), ylabel, height, columns)
+    for ax, series in zip(axes, panels.values()):
+        measured = [label for label in series if not label.startswith("predicted")]
+        for label, (x, y, *error) in series.items():
+            n = measured.index(label.removeprefix("predicted "))
+            style = {"color": OWN_COLOR.get(measured[n], COLORS[n]), "label": label}
+            if label not in measured:
+                ax.plot(x, y, linestyle="--", linewidth=1, **style)
+            else:
+                marker = "os^DvPX"[n] if len(x) < 30 else None
+                ax.errorbar(x, y, *error, linestyle="" if error else "-", marker=marker, ms=4, capsize=2, **style)
+        ax.set(xlabel=xlabel, xscale=xscale, yscale=yscale)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def verdicts(values: dict[str, float], xlabel: str, title: str = "", limit: float | None = None) -> Figure:
+    """Horizontal bars with their numbers, {label: value}; those whose label starts with "right" in another colour.
+
+    limit  right end of the axis, the same for figures that are to be compared
+    """
+    figure = Figure(figsize=(9, 0.6 + 0.27 * len(values) + 0.25 * bool(title)), layout="constrained")
+    ax = figure.subplots()
+    colors = [COLORS[0] if label.startswith("right") else COLORS[1] for label in values]
+    drawn = ax.barh(list(values), list(values.values()), 0.7, color=colors)
+    ax.bar_label(drawn, ["0" if abs(v) < 1e-9 else f"{v:.2g}" for v in values.values()], padding=3)
+    ax.set(xlabel=xlabel, xlim=(0, limit))
+    ax.set_title(title, fontsize="medium")
+    ax.margins(y=0.02)
+    ax.invert_yaxis()
     return figure

@@ -1,0 +1,39 @@
+"""Execute notebooks in a fresh kernel: `python notebooks/execute.py [--quick] [--write] [notebook …]` (default: all).
+
+--quick  the miniature of continuous integration (NANO_OPD_QUICK=1)
+--write  store the outputs; without it the notebooks must only run
+
+Exits with 1 and the traceback of the first cell that fails.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+FOLDER = Path(__file__).parent
+
+parser = argparse.ArgumentParser(description="Execute notebooks.")
+parser.add_argument("notebooks", nargs="*", type=Path)
+parser.add_argument("--quick", action="store_true")
+parser.add_argument("--write", action="store_true")
+options = parser.parse_args()
+os.environ["NANO_OPD_QUICK"] = str(int(options.quick))
+for path in options.notebooks or sorted(FOLDER.glob("*.ipynb")):
+    notebook, started = nbformat.read(path, as_version=4), time.monotonic()
+    try:
+        client = NotebookClient(
+            notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True
+        )
+        client.execute(cwd=FOLDER)
+    except CellExecutionError as error:
+        sys.exit(f"{path.name}: {error}")
+    if options.write:
+        notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        nbformat.write(notebook, path)
+    print(f"{path.name}: {time.monotonic() - started:.0f} s")
