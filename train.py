@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_opd import arithmetic, checkpoint, gkd, grpo, opd, opdplus, opsd, policy_gradient, rlsd, runs, sft
+from nano_opd import arithmetic, checkpoint, runs, sft
 from nano_opd.checks import NumericalFault, require_finite
 from nano_opd.config import Config, parse
 from nano_opd.device import keep_freed_memory, resolve
-from nano_opd.divergences import get as get_divergence
-from nano_opd.evaluate import evaluate, prompts_of, reasoning_span, rewards, sampled_correct, slots_of
+from nano_opd.evaluate import evaluate, prompts_of, sampled_correct, slots_of
 from nano_opd.gpt import GPT
-from nano_opd.rollout import Rollout, logprobs_of, response_logits, response_logprobs, sample
+from nano_opd.losses import distillation_loss, reward_loss
+from nano_opd.rollout import response_logprobs, sample
 from nano_opd.streams import numpy_stream, torch_stream
 
 
@@ -55,62 +55,6 @@ def warm_start(cfg: Config, who: str, device: torch.device, stop: runs.StopReque
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, key, model.state_dict())
     return model
-
-
-def distillation_loss(cfg: Config, student: GPT, teacher: GPT, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
-    """score → advantage: the loss of gkd, opd or opdplus on a batch of rollouts, and what was measured on the way."""
-    divergence, mask = get_divergence(cfg.divergence), rollout.mask
-    student_logits = response_logits(student, rollout.tokens, rollout.prompt_length).float()  # (B, R, V)
-    with torch.no_grad():
-        teacher_logits = response_logits(teacher, rollout.tokens, rollout.prompt_length).float()
-    if cfg.method == "gkd" or cfg.variance == "full":
-        return gkd.loss(student_logits, teacher_logits, mask, divergence, stop_gradient=cfg.method == "opd"), {}
-
-    estimator = {"opd": opd, "opdplus": opdplus}[cfg.method]
-    student_logp = logprobs_of(rollout.responses, student_logits)  # (B, R)
-    log_u, measured = logprobs_of(rollout.responses, teacher_logits) - student_logp, {}
-    if cfg.log_u_clip > 0:
-        measured["clip_fraction"] = (log_u.abs() > cfg.log_u_clip)[mask].float().mean()
-        log_u = log_u.clamp(-cfg.log_u_clip, cfg.log_u_clip)
-    baseline = None
-    if cfg.variance == "baseline":
-        baseline = estimator.exact_baseline(student_logits, teacher_logits, divergence)
-    advantage = estimator.advantage(log_u, mask, divergence, cfg.gamma, baseline)
-    return policy_gradient.loss(student_logp, advantage, mask, cfg.normalize), measured
-
-
-def reward_loss(
-    cfg: Config, step: int, student: GPT, teacher: GPT, rollout: Rollout, batch: list[arithmetic.Problem]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """score → advantage: the loss of grpo, opsd, grpo+opsd or rlsd, whose teacher is a copy of the student."""
-    mask, loss, measured = rollout.mask, 0.0, {}
-    student_logits = response_logits(student, rollout.tokens, rollout.prompt_length).float()  # (B, R, V)
-    student_logp = logprobs_of(rollout.responses, student_logits)  # (B, R)
-    old_logp = rollout.logp if cfg.epochs > 1 else student_logp.detach()  # drops nothing: ratio 1, gradient in logp
-    if cfg.method != "grpo":
-        rng = numpy_stream(cfg.seed, "reference", step)
-        slots = arithmetic.draw_references(batch, cfg.group_size, rng, cfg.reference)
-        view = opsd.privileged_view(rollout.tokens, rollout.prompt_length, prompts_of(batch, student.device, slots))
-        with torch.no_grad():
-            teacher_logits = response_logits(teacher, *view).float()
-    if cfg.method in ("opsd", "grpo+opsd"):
-        coef = 1.0 if cfg.method == "opsd" else cfg.opsd_coef
-        loss = coef * opsd.loss(student_logits, teacher_logits, mask, get_divergence(cfg.divergence))
-    if cfg.method != "opsd":
-        R = rewards(batch, rollout)  # (B,)
-        A = grpo.advantage(R, cfg.group_size, normalize_std=cfg.loss_type == "grpo")
-        measured |= {"reward": R.mean(), "zero_groups": grpo.zero_fraction(R, cfg.group_size)}
-        if cfg.method == "rlsd":
-            P_S = old_logp if cfg.student_logp == "sampling" else student_logp
-            evidence = logprobs_of(rollout.responses, teacher_logits), P_S, mask
-            measured["weight_clip_fraction"] = rlsd.clip_fraction(A, *evidence, cfg.eps_w)
-            lam = rlsd.lam_at(step, cfg.lam, cfg.lam_warmup, cfg.lam_decay)
-            span = reasoning_span(rollout) if cfg.reasoning_only else None
-            A = rlsd.advantage(A, *evidence, lam, cfg.eps_w, cfg.negative_only, span)
-        clip = cfg.clip_low, cfg.clip_high
-        measured["clip_fraction"] = grpo.clip_fraction(student_logp, old_logp, mask, *clip)
-        loss = loss + grpo.clipped_surrogate(student_logp, old_logp, A, mask, *clip, cfg.normalize)
-    return loss, measured
 
 
 def objective(cfg: Config, step: int, student: GPT, teacher: GPT) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
@@ -180,23 +124,22 @@ def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> li
         for step in range(first, cfg.steps + 1):
             row = dict.fromkeys(runs.COLUMNS) | {"step": step, "rollouts": step * cfg.batch_size}
             rows.append(row)
-            if step % cfg.eval_every == 0 or step == cfg.steps:
-                row["seconds"] = round(time.monotonic() - started, 3)
-                generator = torch_stream(cfg.seed, "evaluation", step, student.device)
-                some = held_out if step in (0, cfg.steps) else held_out[: cfg.eval_size]
-                row |= evaluate(student, teacher, some, cfg.response_cap, generator, cfg.privileged)
-                save(step)
-                bar.set_postfix(accuracy=f"{row['accuracy']:.3f}", kl=f"{row['kl']:.3f}")
-                if bar.disable:
-                    print(
-                        "step {step:5d} {seconds:7.1f} s  accuracy {accuracy:.3f}  kl {kl:.3f}".format(**row),
-                        flush=True,
-                    )
-            if step < cfg.steps:
-                try:
+            try:
+                if step % cfg.eval_every == 0 or step == cfg.steps:
+                    row["seconds"] = round(time.monotonic() - started, 3)
+                    generator = torch_stream(cfg.seed, "evaluation", step, student.device)
+                    some = held_out if step in (0, cfg.steps) else held_out[: cfg.eval_size]
+                    row |= evaluate(student, teacher, some, cfg.response_cap, generator, cfg.privileged)
+                    save(step)
+                    said = "accuracy {accuracy:.3f}  kl {kl:.3f}".format(**row)
+                    bar.set_postfix_str(said)
+                    if bar.disable:
+                        print(f"step {step:5d} {row['seconds']:7.1f} s  {said}", flush=True)
+                if step < cfg.steps:
                     row |= update(cfg, step, student, teacher, optimizer)
-                except NumericalFault as fault:
-                    raise NumericalFault(f"update {step}: {fault}") from None
+            except NumericalFault as fault:
+                raise NumericalFault(f"step {step}: {fault}") from None
+            if step < cfg.steps:
                 bar.update()
                 if stop.signal:
                     save(step + 1)
@@ -215,7 +158,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except NumericalFault as error:
-        print(f"train.py: {error}. The last good state is in {cfg.run_dir / 'checkpoint.pt'}", file=sys.stderr)
+        print(
+            f"train.py: {error}. The last good state, if one was saved, is in {cfg.run_dir / 'checkpoint.pt'}",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except runs.Interrupted:
         print(f"train.py: stopped; the same command with --resume continues {cfg.run_dir}", file=sys.stderr)

@@ -380,7 +380,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_leaves_the_last_good_stat
     error = capsys.readouterr().err
     assert (
         end.value.code == 1
-        and f"update 7: the {where if where == 'loss' else 'norm of its gradient'} is" in error
+        and f"step 7: the {where if where == 'loss' else 'norm of its gradient'} is" in error
         and "likely" in error
         and "checkpoint.pt" in error
     )
