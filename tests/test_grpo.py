@@ -95,6 +95,14 @@ def test_what_stands_behind_the_mask_never_matters(batch):
     assert torch.equal(got, clean) and x.grad.isfinite().all()
 
 
+def test_rewards_and_the_policy_of_the_past_carry_no_gradient(batch):
+    logp, old_logp, mask = batch
+    assert not grpo.advantage(torch.rand(8, requires_grad=True), 4).requires_grad
+    old_logp.requires_grad_()
+    grpo.clipped_surrogate(logp.requires_grad_(), old_logp, torch.ones(8), mask, 0.2, 0.28).backward()
+    assert logp.grad.abs().sum() > 0 and old_logp.grad is None
+
+
 def test_misuse_is_refused(batch):
     logp, old_logp, mask = batch
     for group_size in (1, 0, 3):
