@@ -36,6 +36,17 @@ class Experiment:
 PRIVILEGED = "--steps 600 --batch-size 64 --student-steps 190 --lr 3e-4 --eval-every 25 --eval-size 250"
 TINY = "--steps 4 --eval-every 2 --batch-size 8 --student-steps 5 --eval-size 20 --digits 1"
 EXPERIMENTS = {
+    "opd": Experiment(
+        common="",
+        arms={"opdplus, jsd, baseline": "--method opdplus"}
+        | {
+            f"{method}, {divergence}, sampled": f"--method {method} --divergence {divergence} --variance sampled"
+            for divergence in ("reverse_kl", "forward_kl", "jsd")
+            for method in ("opd", "opdplus")
+        },
+        seeds=5,
+        quick="--steps 4 --eval-every 2 --batch-size 8 --teacher-steps 5 --student-steps 5 --eval-size 20 --digits 1",
+    ),
     "rlsd": Experiment(
         common=PRIVILEGED,
         arms={

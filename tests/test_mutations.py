@@ -128,6 +128,33 @@ MUTATIONS = {
         ("else expm1(a * x) / a", "else expm1(a * x)", "exact: unbiased_for_the_prefix"),
         ("unbiased=lambda x: x.sign() / 2", "unbiased=lambda x: x.sign()", "exact: unbiased_for_the_prefix"),
     ],
+    "losses.py": [
+        (
+            "logprobs_of(rollout.responses, teacher_logits) - student_logp, {}",
+            "student_logp - logprobs_of(rollout.responses, teacher_logits), {}",
+            "losses: gradient_of_the_loop and opdplus",
+        ),
+        (
+            '{"opd": opd, "opdplus": opdplus}',
+            '{"opd": opdplus, "opdplus": opd}',
+            "losses: gradient_of_the_loop and opdplus",
+        ),
+        (
+            'stop_gradient=cfg.method == "opd"',
+            'stop_gradient=cfg.method != "opd"',
+            "losses: gradient_of_the_loop and full",
+        ),
+        (
+            "mask, divergence, cfg.gamma, baseline",
+            "mask, divergence, 0.0, baseline",
+            "losses: gradient_of_the_loop and gamma",
+        ),
+        (
+            "student_logp = logprobs_of(rollout.responses, student_logits)  # (B, R)\n    log_u",
+            "student_logp = logprobs_of(rollout.responses.roll(1, 1), student_logits)\n    log_u",
+            "losses: gradient_of_the_loop and opdplus",
+        ),
+    ],
     "rollout.py": [
         (
             "        mask[:, n] = alive\n        alive = alive &",

@@ -5,7 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
-from nano_opd import config, runs
+from nano_opd import config, evaluate, plots, runs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -45,3 +45,25 @@ def test_every_command_parses():
     for command in commands:
         if "--help" not in command:
             assert isinstance(config.parse(shlex.split(command)), config.Config)
+
+
+def test_the_numbers_are_those_of_the_csv():
+    """Each row of the table of results, and the paired difference, recomputed from notebooks/results/opd.csv."""
+    results = plots.read_results(ROOT / "notebooks" / "results" / "opd.csv")
+    rows = [row for row in table("What you should see") if len(row) == 7]
+    assert {re.sub(r"`| \(the default\)", "", row[0]) for row in rows} == set(results)
+    for arm, accuracy, seeds, kl, length, norm, _ in rows:
+        runs_of_arm = results[re.sub(r"`| \(the default\)", "", arm)]
+        ends = [run[-1] for run in runs_of_arm]
+        values = [end["accuracy"] for end in ends]
+        assert len(runs_of_arm) == 5
+        assert accuracy == "{:.3f} [{:.3f}, {:.3f}]".format(*evaluate.mean_interval(values))
+        assert seeds == f"{min(values):.3f} … {max(values):.3f}"
+        assert kl == f"{sum(end['kl'] for end in ends) / 5:.3f}"
+        assert length == f"{sum(end['response_length'] for end in ends) / 5:.1f}"
+        norms = [row["grad_norm"] for run in runs_of_arm for row in run[:-1]]
+        assert norm == f"{sum(norms) / len(norms):.1f}"
+    last = lambda arm: [run[-1]["accuracy"] for run in results[arm]]
+    pairs = zip(last("opdplus, reverse_kl, sampled"), last("opd, reverse_kl, sampled"))
+    difference = "{:.3f} [{:.3f}, {:.3f}]".format(*evaluate.mean_interval([a - b for a, b in pairs]))
+    assert difference.replace("-", "−") in README
