@@ -47,6 +47,8 @@ def advantage(
 def exact_baseline(student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence) -> Tensor:
     """E_{v∼p}[w_f(u_v)] at each prefix, in closed form from both distributions; (B, R), detached.
 
+    Subtracting it leaves the expectation alone. It need not lower the variance: that depends on f, p and q.
+
     student_logits, teacher_logits  (B, R, V)
 
     Raises ValueError when their shapes differ, or the sum is NaN: below p = e^−88, u = ∞ in float32.

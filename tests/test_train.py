@@ -389,6 +389,12 @@ def test_a_number_that_is_not_finite_stops_the_run_and_leaves_the_last_good_stat
     assert state["step"] == 5 and all(value.isfinite().all() for value in state["student"].values())
 
 
+def test_weights_that_really_overflow_stop_the_run_where_it_shows(capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "--lr", "1e38")
+    assert end.value.code == 1 and "step 1: the log-prob of a sampled token is not finite" in capsys.readouterr().err
+
+
 def test_help_names_the_symbols_and_every_knob(capsys):
     with pytest.raises(SystemExit) as end:
         config.parse(["--help"])
