@@ -82,8 +82,9 @@ class Config:
     )
     reference: str = knob(
         "true",
-        "r that the self-teacher reads: this problem's, another's (a control), or none",
-        choices=("true", "shuffled", "none"),
+        "r that the self-teacher reads: this problem's, drawn among the valid ones; always the worked one, so that "
+        "I(Y; R | X) = 0; another problem's (a control); or none",
+        choices=("true", "work", "shuffled", "none"),
         methods=SELF_TAUGHT,
     )
     teacher_sync: int = knob(

@@ -279,7 +279,7 @@ def refused(capsys, *arguments) -> str:
         ("--method opsd --loss-type grpo", "--loss-type grpo means nothing with --method opsd"),
         ("--method rlsd --lam 1.5", "--lam 1.5: must be from 0.0 to 1.0"),
         ("--method rlsd --eps-w -1", "--eps-w -1.0: must be 0.0 or more"),
-        ("--method rlsd --reference false", "--reference false: choose from true, shuffled, none"),
+        ("--method rlsd --reference false", "--reference false: choose from true, work, shuffled, none"),
         ("--method grpo --group-size 1", "--group-size 1: must be 2 or more"),
         ("--method grpo --batch-size 126", "--batch-size 126: must be a multiple of --group-size 4"),
         ("--method rlsd --batch-size 4 --reference shuffled", "--reference shuffled: needs two groups or more"),
