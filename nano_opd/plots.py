@@ -94,7 +94,7 @@ def seed_curves(results: dict[str, list[list[dict]]], columns: dict[str, str], c
         ax.grid(alpha=0.3)
     for ax in axes[len(columns) :]:
         ax.set_axis_off()
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2 * min(3, len(columns)))
     return figure
 
 

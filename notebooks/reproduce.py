@@ -63,7 +63,6 @@ EXPERIMENTS = {
         common=PRIVILEGED + " --reference work",
         arms={
             "opsd, work": "--method opsd",
-            "λ=1, ε_w=1, work": "--method rlsd --lam 1 --eps-w 1",
             "λ=1, ε_w=10, work": "--method rlsd --lam 1 --eps-w 10",
         },
         seeds=3,
