@@ -59,15 +59,6 @@ EXPERIMENTS = {
         seeds=5,
         quick=TINY,
     ),
-    "rlsd_work": Experiment(
-        common=PRIVILEGED + " --reference work",
-        arms={
-            "opsd, work": "--method opsd",
-            "λ=1, ε_w=10, work": "--method rlsd --lam 1 --eps-w 10",
-        },
-        seeds=3,
-        quick=TINY,
-    ),
     "rlsd_clip": Experiment(
         common=PRIVILEGED,
         arms={f"λ=1, ε_w={eps}": f"--method rlsd --lam 1 --eps-w {eps}" for eps in ("0.2", "1", "10")},
@@ -146,7 +137,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in sorted(rows, key=lambda row: (row["arm"], int(row["seed"]), int(row["step"]))):
-            writer.writerow([f"{float(row[name]):.5g}" if "." in row[name] else row[name] for name in columns])
+            writer.writerow([row[name] if name == "arm" or "." not in row[name] else f"{float(row[name]):.5g}" for name in columns])
 
 
 if __name__ == "__main__":
