@@ -137,7 +137,9 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in sorted(rows, key=lambda row: (row["arm"], int(row["seed"]), int(row["step"]))):
-            writer.writerow([row[name] if name == "arm" or "." not in row[name] else f"{float(row[name]):.5g}" for name in columns])
+            writer.writerow(
+                [row[name] if name == "arm" or "." not in row[name] else f"{float(row[name]):.5g}" for name in columns]
+            )
 
 
 if __name__ == "__main__":
