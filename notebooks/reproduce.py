@@ -146,7 +146,8 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in sorted(rows, key=lambda row: (row["arm"], int(row["seed"]), int(row["step"]))):
-            writer.writerow([f"{float(row[name]):.5g}" if "." in row[name] else row[name] for name in columns])
+            numbers = [f"{float(row[name]):.5g}" if "." in row[name] else row[name] for name in columns[2:]]
+            writer.writerow([row["arm"], row["seed"], *numbers])
 
 
 if __name__ == "__main__":
