@@ -59,18 +59,15 @@ EXPERIMENTS = {
         seeds=5,
         quick=TINY,
     ),
-    "rlsd_work": Experiment(
-        common=PRIVILEGED + " --reference work",
-        arms={
-            "opsd, work": "--method opsd",
-            "λ=1, ε_w=10, work": "--method rlsd --lam 1 --eps-w 10",
-        },
-        seeds=3,
-        quick=TINY,
-    ),
     "rlsd_clip": Experiment(
         common=PRIVILEGED,
         arms={f"λ=1, ε_w={eps}": f"--method rlsd --lam 1 --eps-w {eps}" for eps in ("0.2", "1", "10")},
+        seeds=3,
+        quick=TINY,
+    ),
+    "rlsd_work": Experiment(
+        common=PRIVILEGED + " --reference work",
+        arms={"opsd, work": "--method opsd", "λ=1, ε_w=10, work": "--method rlsd --lam 1 --eps-w 10"},
         seeds=3,
         quick=TINY,
     ),

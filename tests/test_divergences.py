@@ -99,7 +99,7 @@ def test_float32_is_finite_and_accurate_where_the_value_is_representable(name, f
     x = torch.cat([torch.linspace(-30, 30, 1201), torch.logspace(-6, -1, 40), -torch.logspace(-6, -1, 40)])
     got = getattr(divergences.get(name), function)(x)
     want = getattr(divergences.get(name), function)(x.double())
-    representable = want.abs() < torch.finfo(torch.float32).max
+    representable = want.abs() < 1e38
     assert got.dtype == torch.float32 and (representable.all() or (name, function) == ("alpha=-2", "f_prime"))
     torch.testing.assert_close(got[representable].double(), want[representable], rtol=3e-5, atol=1e-30)
 

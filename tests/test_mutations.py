@@ -205,7 +205,7 @@ def run_suite(package_parent: str, guards: dict[str, str]) -> None:
         import nano_opd.opd
 
         if Path(nano_opd.opd.__file__).is_relative_to(package_parent):
-            options = ["-x", "--assert=plain", "-p", "no:cacheprovider", "--rootdir", package_parent]
+            options = ["-x", "-o", "addopts=", "--assert=plain", "-p", "no:cacheprovider", "--rootdir", package_parent]
             code = max(pytest.main([str(TESTS / f"test_{f}.py"), "-k", k, *options]) for f, k in guards.items())
     finally:
         os._exit(code)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from nano_opd import checkpoint, config, runs
+from nano_opd import checkpoint, config, losses, runs
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -96,7 +96,7 @@ def test_every_method_trains(arguments, tmp_path, lucky):
 @pytest.fixture
 def lucky(monkeypatch):
     """A verifier that likes one response in two, since a tiny student is never right."""
-    monkeypatch.setattr(train, "rewards", lambda problems, rollout: (rollout.responses.sum(1) % 2).float())
+    monkeypatch.setattr(losses, "rewards", lambda problems, rollout: (rollout.responses.sum(1) % 2).float())
 
 
 def test_rlsd_with_lambda_or_epsilon_zero_is_grpo_to_the_bit(tmp_path, lucky):
@@ -232,7 +232,7 @@ def refused(capsys, *arguments) -> str:
         ("--method dpo", "--method dpo: choose from sft, gkd, opd, opdplus"),
         ("--divergence kl", "unknown divergence 'kl'"),
         ("--divergence forward-kl", "did you mean 'forward_kl'?"),
-        ("--divergence alpha=x", "alpha must be a finite number"),
+        ("--divergence alpha=x", "alpha must be a number from -10 to 10"),
         ("--method opd+", "did you mean opd?"),
         ("--task ad", "--task ad: choose from add, sub, mul, mix (did you mean add?)"),
         ("--variance none", "--variance none: choose from sampled, baseline, full"),
