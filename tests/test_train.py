@@ -1,6 +1,9 @@
 """train.py from the outside: what it writes, that a seed fixes it to the bit, and how it ends when things go wrong."""
 
+import contextlib
 import csv
+import errno
+import io
 import json
 import os
 import signal
@@ -11,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train
 from nano_opd import checkpoint, config, losses, runs
@@ -345,22 +350,45 @@ class MaliciousState:
         return Path.touch, (self.path,)
 
 
-def test_a_full_disk_stops_the_run_and_loses_nothing(finished, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("write", range(1, 13))
+def test_a_full_disk_stops_the_run_and_loses_nothing(write, finished, capsys, tmp_path, monkeypatch):
+    """Each write of a run in turn: config, two warm starts, four checkpoints with their metrics, curves."""
     replace, calls = os.replace, []
+    error = (
+        OSError(errno.ENOSPC, "No space left on device")
+        if write % 2
+        else PermissionError(errno.EACCES, "Permission denied")
+    )
 
-    def full(*arguments):
+    def faulty(*arguments):
         calls.append(arguments)
-        if len(calls) == 7:  # config, two warm starts, checkpoint and metrics of step 0, then checkpoint of step 5
-            raise OSError(28, "No space left on device")
+        if len(calls) == write:
+            raise error
         return replace(*arguments)
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "replace", faulty)
     with pytest.raises(SystemExit) as end:
         run(tmp_path)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and "No space left on device" in error and "intact" in error
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and error.strerror in said and "intact" in said and not list(tmp_path.rglob(".*.tmp"))
     monkeypatch.undo()
     assert same(finished, run(tmp_path, "--resume"))
+
+
+FLAGS = ["--" + name.replace("_", "-") for name in vars(config.Config())]
+
+
+@given(st.lists(st.tuples(st.sampled_from(FLAGS), st.text(max_size=8) | st.integers().map(str) | st.floats().map(str))))
+@settings(max_examples=300, deadline=None)
+def test_no_command_line_gives_a_traceback(pairs):
+    """Any flags with any values: a configuration, or one sentence and exit code 2."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            cfg = config.parse([word for pair in pairs for word in pair])
+        assert isinstance(cfg, config.Config)
+    except SystemExit as end:
+        assert end.code == 2 and said.getvalue().startswith("train.py: ")
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
