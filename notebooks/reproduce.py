@@ -65,6 +65,12 @@ EXPERIMENTS = {
         seeds=3,
         quick=TINY,
     ),
+    "rlsd_work": Experiment(
+        common=PRIVILEGED + " --reference work",
+        arms={"opsd, work": "--method opsd", "λ=1, ε_w=10, work": "--method rlsd --lam 1 --eps-w 10"},
+        seeds=3,
+        quick=TINY,
+    ),
 }
 
 
@@ -137,9 +143,8 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in sorted(rows, key=lambda row: (row["arm"], int(row["seed"]), int(row["step"]))):
-            writer.writerow(
-                [row[name] if name == "arm" or "." not in row[name] else f"{float(row[name]):.5g}" for name in columns]
-            )
+            numbers = [f"{float(row[name]):.5g}" if "." in row[name] else row[name] for name in columns[2:]]
+            writer.writerow([row["arm"], row["seed"], *numbers])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def test_every_arm_is_a_command_line_of_its_own():
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    arms = {"grpo": "--method grpo", "rlsd, λ=1": "--method rlsd --lam 1"}
+    arms = {"grpo": "--method grpo", "rlsd, λ=0.9": "--method rlsd --lam 0.9"}
     experiment = reproduce.Experiment(f"{TINY} --steps 4 --eval-every 2", arms, 2, quick="")
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--quick", "--out-dir", str(tmp_path)])
@@ -38,11 +38,11 @@ def test_all_arms_and_seeds_end_in_one_file_and_are_not_run_twice(tiny, monkeypa
     reproduce.main()
     path = tiny / "results" / "tiny.csv"
     results, text = plots.read_results(path), path.read_bytes()
-    assert list(results) == ["grpo", "rlsd, λ=1"]
+    assert list(results) == ["grpo", "rlsd, λ=0.9"]
     for seeds in results.values():
         assert [[row["step"] for row in rows] for rows in seeds] == [[0, 2, 4]] * 2
         assert seeds[0] != seeds[1]
-    assert results["grpo"][0][0]["kl"] == results["rlsd, λ=1"][0][0]["kl"]  # the same warm start, trained once
+    assert results["grpo"][0][0]["kl"] == results["rlsd, λ=0.9"][0][0]["kl"]  # the same warm start, trained once
     assert len([*(tiny / "warm_starts").glob("*.pt")]) == 2
     path.unlink()
     monkeypatch.setattr(reproduce.subprocess, "run", None)
