@@ -1,12 +1,11 @@
-"""A decoder-only transformer: RMSNorm, rotary and learned positions, normalised queries and keys, fused attention,
-squared-ReLU MLP, tied embeddings.
+"""A decoder-only transformer: GPT-2 with layer norms that learn nothing, normalised queries and keys, no biases.
 
 Teacher and student are two sizes of it. A static key-value cache, written in place, makes decoding linear in the
 response; its logits equal those of the full forward.
 
-Why two kinds of position: rotary ones tell how far apart two tokens are, but a column of long addition has to look up
-its digits by their absolute place. After 300 supervised updates on 3-digit addition, a 2×64 model is right 0.97 of the
-time with both, and 0.01 to 0.65 of the time (five seeds) with rotary positions alone.
+Each part is the plainest that learns, and one kernel where there is one. The normalised queries and keys are not for
+show: after 400 supervised updates on 3-digit addition a 3×96 model is right more than 0.99 of the time with them, and
+0.39 to 0.87 without (three seeds). Nor are learned positions: long addition looks its digits up by absolute place.
 """
 
 from dataclasses import dataclass
@@ -18,34 +17,33 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a GPT. GPT-2 small is GPTConfig(50257, 1024, 12, 12, 768, 10000.0)."""
+    """Sizes of a GPT. GPT-2 small is GPTConfig(50257, 1024, 12, 12, 768)."""
 
     vocab_size: int
     block_size: int
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 64
-    rope_base: float = 100.0  # rotary wavelengths run up to about 2π·base: short, as the sequences are
 
     def __post_init__(self):
         for name, value in vars(self).items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 × n_head {self.n_head} (rotary pairs)")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x / rms(x) over the last axis, without a learned gain (Zhang & Sennrich 2019)."""
-    return F.rms_norm(x, (x.shape[-1],))
+def norm(x: Tensor) -> Tensor:
+    """(x − mean) / std over the last axis (Ba et al. 2016), one kernel everywhere; no learned gain or bias."""
+    return F.layer_norm(x, x.shape[-1:])
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): turn each pair (x_i, x_{i+D/2}) by its position's angle.
-
-    x (…, T, D); cos and sin (T, D), sin with the minus sign of the rotation in its first half.
-    """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal softmax(q kᵀ / √D) v; q (B, H, T, D), k and v (B, H, S, D), S = T or T = 1. Returns (B, H, T, D)."""
+    if q.shape[2] > 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # one query: the fused kernel's set-up costs twice what two batched products do on a CPU
+    return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 class Block(nn.Module):
@@ -59,20 +57,17 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(C, 4 * C, bias=False)
         self.mlp_out = nn.Linear(4 * C, C, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, start: int) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
         B, T, C = x.shape
-        qkv = (
-            self.qkv(rms_norm(x)).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # (3, B, H, T, D)
-        q, k = rotate(rms_norm(qkv[:2]), cos, sin)
-        v = qkv[2]
+        qk, v = self.qkv(norm(x)).split([2 * C, C], dim=2)
+        q, k = norm(qk.view(B, T, 2, C)).unbind(2)
+        q, k, v = (h.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for h in (q, k, v))  # (B, H, T, D)
         if cache is not None:
             cache[0, :, :, start : start + T] = k
             cache[1, :, :, start : start + T] = v
             k, v = cache[:, :, :, : start + T]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, H, T, D)
-        x = x + self.attention_out(y.transpose(1, 2).reshape(B, T, C))
-        return x + self.mlp_out(F.relu(self.mlp_in(rms_norm(x))).square())
+        x = x + self.attention_out(attend(q, k, v).transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp_out(F.gelu(self.mlp_in(norm(x))))
 
 
 class GPT(nn.Module):
@@ -84,10 +79,6 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output matrix
         self.position = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        D = config.n_embd // config.n_head
-        angle = torch.arange(config.block_size)[:, None] / config.rope_base ** (torch.arange(0, D, 2) / D)  # (T, D/2)
-        self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)
-        self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], dim=1), persistent=False)
         for name, parameter in self.named_parameters():  # each block starts as the identity
             std = 0.0 if name.endswith("out.weight") else (2 if "blocks" in name else 1) * config.n_embd**-0.5
             nn.init.normal_(parameter, std=std)
@@ -101,7 +92,7 @@ class GPT(nn.Module):
         """An empty static cache: (layers, 2, B, H, T, D)."""
         c = self.config
         shape = (c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head)
-        return self.embedding.weight.new_zeros(shape)
+        return self.embedding.weight.new_empty(shape)
 
     def forward(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0, logits_from: int = 0) -> Tensor:
         """Logits of positions `logits_from` … T−1, (B, T − logits_from, V).
@@ -116,8 +107,7 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit in block_size {self.config.block_size}")
         if start > 0 and (T > 1 or cache is None):
             raise ValueError(f"at start {start} pass one token and the cache, not {T} tokens")
-        cos, sin = self.cos[start : start + T], self.sin[start : start + T]
-        x = rms_norm(self.embedding(tokens) + self.position.weight[start : start + T])  # (B, T, C)
+        x = norm(self.embedding(tokens) + self.position.weight[start : start + T])  # (B, T, C)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, None if cache is None else cache[layer], start)
-        return F.linear(rms_norm(x[:, logits_from:]), self.embedding.weight)
+            x = block(x, None if cache is None else cache[layer], start)
+        return F.linear(norm(x[:, logits_from:]), self.embedding.weight)

@@ -75,35 +75,39 @@ def sample(
         raise ValueError(f"sizes must be ≥ 1: {B=}, {P=}, {max_new_tokens=}, {top_k=}; and {temperature=} ≥ 0")
     tokens = prompts.new_full((B, P + max_new_tokens), PAD)
     tokens[:, :P] = prompts
-    mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=prompts.device)
+    responses = tokens[:, P:]  # a view: (B, R)
     logp = torch.zeros(B, max_new_tokens, device=prompts.device)
-    alive = torch.ones(B, dtype=torch.bool, device=prompts.device)
+    uniform = torch.rand(max_new_tokens, B, 1, generator=generator, device=prompts.device)
     cache = model.new_cache(B, P + max_new_tokens)
     logits = model(prompts, cache, logits_from=P - 1)[:, -1]
     for n in range(max_new_tokens):
         model_logp = logits.float().log_softmax(-1)  # (B, V)
-        token = _draw(model_logp, generator, temperature, top_k)
-        tokens[:, P + n] = torch.where(alive, token, PAD)
-        logp[:, n] = torch.where(alive, model_logp.gather(1, token[:, None])[:, 0], 0.0)
-        mask[:, n] = alive
-        alive = alive & (token != EOS)
-        if n + 1 == max_new_tokens or not alive.any():
+        token = _draw(model_logp, uniform[n], temperature, top_k)  # (B, 1)
+        responses[:, n : n + 1] = token
+        logp[:, n : n + 1] = model_logp.gather(1, token)
+        if n + 1 == max_new_tokens or (n % 4 == 3 and (responses == EOS).any(1).all()):  # seldom: it waits for a GPU
             break
-        logits = model(tokens[:, P + n : P + n + 1], cache, start=P + n)[:, -1]
+        logits = model(token, cache, start=P + n)[:, -1]
+    ends = (responses == EOS).long()
+    mask = ends.cumsum(1) - ends == 0  # no EOS before: rows that had ended went on, and what they said is dropped
+    responses.masked_fill_(~mask, PAD)
+    logp = torch.where(mask, logp, 0.0)
     require_finite("log-prob of a sampled token", logp, "the weights of the model have overflowed")
     return Rollout(tokens, P, mask, logp)
 
 
-def _draw(logp: Tensor, generator: torch.Generator | None, temperature: float, top_k: int | None) -> Tensor:
-    """One token per row, (B,), by the exponential race: argmax_v p_v / E_v with E_v ~ Exp(1) has distribution p."""
+def _draw(logp: Tensor, uniform: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """One token per row, (B, 1): the first whose cumulative probability reaches `uniform` (B, 1), from [0, 1)."""
     if temperature == 0:
-        return logp.argmax(-1)
-    logits = logp / temperature if temperature != 1 else logp
+        return logp.argmax(-1, keepdim=True)
+    if temperature != 1:
+        logp = (logp / temperature).log_softmax(-1)
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits - noise.log_()).argmax(-1)
+        kth = logp.topk(min(top_k, logp.shape[-1])).values[:, -1:]
+        logp = logp.masked_fill(logp < kth, -torch.inf)
+    cdf = logp.exp().cumsum(-1)  # (B, V)
+    token = torch.searchsorted(cdf, (1 - uniform) * cdf[:, -1:])  # never of probability 0, since 1 − uniform > 0
+    return token.clamp_(max=logp.shape[-1] - 1)  # NaN has no place; it is reported with its step
 
 
 def response_logits(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:

@@ -141,7 +141,7 @@ def test_the_gpt_policy_is_the_gpt():
     policy, theta = exact.gpt_policy(model, prompt)
     tokens, _ = exact.enumerate_responses(V, R)
     want = response_logits(model.double(), torch.cat([prompt.expand(len(tokens), 2), tokens], 1), 2)
-    torch.testing.assert_close(policy(theta, tokens), want, rtol=1e-6, atol=1e-6)  # float32 tables of rotary angles
+    torch.testing.assert_close(policy(theta, tokens), want)
 
 
 def test_rollouts_average_to_the_enumeration():
@@ -412,7 +412,7 @@ def test_dividing_by_the_own_length_is_biased_where_length_is_sampled(name, worl
     if world.mask.all():
         assert equal(R * got, truth)
     else:
-        assert cosine < 0.999
+        assert cosine < 0.9999
 
 
 def test_the_constant_of_reverse_kl_is_a_free_baseline_only_under_a_constant_divisor(world):

@@ -57,14 +57,14 @@ def test_sizes_that_do_not_fit_are_refused(model, tokens):
         model(tokens.repeat(1, 2)[:, :21])
     with pytest.raises(ValueError, match="one token and the cache"):
         model(tokens[:, :2], model.new_cache(5, 20), start=3)
-    with pytest.raises(ValueError, match="multiple of 2 × n_head"):
-        GPTConfig(11, 20, n_head=4, n_embd=20)
+    with pytest.raises(ValueError, match="multiple of n_head"):
+        GPTConfig(11, 20, n_head=4, n_embd=22)
     with pytest.raises(ValueError, match="n_layer must be at least 1, not 0"):
         GPTConfig(11, 20, n_layer=0)
 
 
 def test_gpt2_small_constructs_and_runs():
-    model = GPT(GPTConfig(50257, 1024, n_layer=12, n_head=12, n_embd=768, rope_base=10000.0))
+    model = GPT(GPTConfig(50257, 1024, n_layer=12, n_head=12, n_embd=768))
     assert abs(sum(p.numel() for p in model.parameters()) / 123.5e6 - 1) < 0.01
     with torch.no_grad():
         assert model(torch.randint(50257, (1, 16)), logits_from=15).shape == (1, 1, 50257)

@@ -156,19 +156,11 @@ MUTATIONS = {
         ),
     ],
     "rollout.py": [
-        (
-            "        mask[:, n] = alive\n        alive = alive &",
-            "        alive = mask[:, n] = alive &",
-            "rollout: first_eos",
-        ),
+        ("ends.cumsum(1) - ends == 0", "ends.cumsum(1) == 0", "rollout: first_eos"),
         ("tokens[:, :-1], logits_from", "tokens[:, 1:], logits_from", "rollout: predict_the_response"),
-        ("torch.where(alive, token, PAD)", "token", "rollout: first_eos"),
-        (
-            "P + n : P + n + 1], cache, start=P + n)",
-            "P + n : P + n + 1], cache, start=P + n + 1)",
-            "rollout: full_forward",
-        ),
-        (".exponential_(generator=generator)", ".uniform_(generator=generator)", "rollout: follow_the_model"),
+        ("responses.masked_fill_(~mask, PAD)", "pass", "rollout: first_eos"),
+        ("model(token, cache, start=P + n)", "model(token, cache, start=P + n + 1)", "rollout: full_forward"),
+        ("(1 - uniform) * cdf", "(1 - uniform**2) * cdf", "rollout: follow_the_model"),
         (
             "logits.float().log_softmax(-1)  # (B, V)",
             "(2 * logits).float().log_softmax(-1)",
@@ -177,7 +169,7 @@ MUTATIONS = {
         ("if not evaluation and (", "if evaluation and (", "rollout: off_policy_sampling"),
     ],
     "gpt.py": [
-        ("is_causal=T > 1", "is_causal=False", "gpt: only_the_past"),
+        ("is_causal=True", "is_causal=False", "gpt: only_the_past"),
         ("self.position.weight[start : start + T]", "self.position.weight[:T]", "gpt: cached_logits"),
     ],
     "exact.py": [
