@@ -79,7 +79,11 @@ def own(purpose: str) -> str:
 
 def replicate(model: GPT) -> GPT | DistributedDataParallel:
     """The model to score with: a loss of its logits has the gradient of all ranks. Their weights become rank 0's."""
-    return DistributedDataParallel(model) if world() > 1 else model
+    if world() == 1:
+        return model
+    replica = DistributedDataParallel(model)
+    replica.broadcast_buffers = False  # they are constants, and a rank may find a fault before it comes to a forward
+    return replica
 
 
 def bare(model: GPT | DistributedDataParallel) -> GPT:
