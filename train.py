@@ -9,12 +9,13 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nano_opd import arithmetic, checkpoint, runs, sft
+from nano_opd import arithmetic, checkpoint, distributed, runs, sft
 from nano_opd.checks import NumericalFault, require_finite
 from nano_opd.config import Config, parse
 from nano_opd.device import keep_freed_memory, resolve
@@ -27,7 +28,7 @@ from nano_opd.streams import numpy_stream, torch_stream
 
 def progress(total: int, label: str) -> tqdm:
     """A bar with its ETA on a terminal; nothing where the output is a file."""
-    return tqdm(total=total, desc=label, disable=not sys.stderr.isatty(), leave=False)
+    return tqdm(total=total, desc=label, disable=distributed.rank() > 0 or not sys.stderr.isatty(), leave=False)
 
 
 def problems(cfg: Config, purpose: str, size: int, step: int = 0, held_out: bool = False) -> list[arithmetic.Problem]:
@@ -60,18 +61,19 @@ def warm_start(cfg: Config, who: str, device: torch.device, stop: runs.StopReque
 def objective(cfg: Config, step: int, student: GPT, teacher: GPT) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
     """Draw the update's problems, let the student answer, and return the loss of one epoch on what was sampled."""
     copies = cfg.group_size if cfg.privileged else 1
-    batch = [p for p in problems(cfg, "problems", cfg.batch_size // copies, step) for _ in range(copies)]
+    drawn = distributed.share(problems(cfg, "problems", cfg.batch_size // copies, step))
+    batch = [p for p in drawn for _ in range(copies)]
     if cfg.method == "sft":
         tokens = sft.solution_tokens(batch, student.device)
         return lambda: (sft.loss(student, tokens, cfg.prompt_length), {})
     slots = slots_of(batch, "blank") if cfg.privileged else None
-    generator = torch_stream(cfg.seed, "rollout", step, student.device)
-    rollout = sample(student, prompts_of(batch, student.device, slots), cfg.response_cap, generator)
+    generator = torch_stream(cfg.seed, distributed.own("rollout"), step, student.device)
+    rollout = sample(distributed.bare(student), prompts_of(batch, student.device, slots), cfg.response_cap, generator)
     if not cfg.privileged:
         return lambda: distillation_loss(cfg, student, teacher, rollout)
     if cfg.epochs > 1:  # p_old from a full forward, so that the first epoch's ratio is exactly 1
         with torch.no_grad():
-            old_logp = response_logprobs(student, rollout.tokens, rollout.prompt_length)
+            old_logp = response_logprobs(distributed.bare(student), rollout.tokens, rollout.prompt_length)
         rollout = dataclasses.replace(rollout, logp=old_logp)
     return lambda: reward_loss(cfg, step, student, teacher, rollout, batch)
 
@@ -82,19 +84,21 @@ def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.
     Raises NumericalFault, before a weight has followed it, when a log-prob, the loss or its gradient is not finite.
     """
     if cfg.privileged and cfg.teacher_sync and step % cfg.teacher_sync == 0:
-        teacher.load_state_dict(student.state_dict())
-    loss_of_epoch = objective(cfg, step, student, teacher)
+        teacher.load_state_dict(distributed.bare(student).state_dict())
+    with distributed.together():
+        loss_of_epoch = objective(cfg, step, student, teacher)
     likely = "teacher and student judge some token so differently that its reward overflows: lower --lr"
     optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
     for _ in range(cfg.epochs):
-        loss, measured = loss_of_epoch()
+        with distributed.together():
+            loss, measured = loss_of_epoch()
+            require_finite("loss", loss, likely)
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip or float("inf"))
-        require_finite("loss", loss, likely)
         require_finite("norm of its gradient", grad_norm, likely)
         optimizer.step()
-    return {name: value.item() for name, value in {"loss": loss, "grad_norm": grad_norm, **measured}.items()}
+    return distributed.mean({"loss": loss.detach(), "grad_norm": grad_norm, **measured})
 
 
 def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> list[dict]:
@@ -112,6 +116,7 @@ def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> li
             teacher.load_state_dict(state["self_teacher"])
         first, rows = state["step"], state["rows"][: state["step"]]  # the row of the step itself is measured again
         started -= state["seconds"]
+    replica = distributed.replicate(student)
 
     def save(step: int) -> None:
         weights = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
@@ -136,13 +141,15 @@ def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> li
                     if bar.disable:
                         print(f"step {step:5d} {row['seconds']:7.1f} s  {said}", flush=True)
                 if step < cfg.steps:
-                    row |= update(cfg, step, student, teacher, optimizer)
+                    row |= update(cfg, step, replica, teacher, optimizer)
             except NumericalFault as fault:
                 raise NumericalFault(f"step {step}: {fault}") from None
             if step < cfg.steps:
                 bar.update()
-                if stop.signal:
-                    save(step + 1)
+                if signal := distributed.agree(stop.signal):
+                    stop.signal = signal
+                    with distributed.rank_0_first():
+                        save(step + 1)
                     stop.check()
     return rows
 
@@ -151,31 +158,36 @@ def main(arguments: list[str] | None = None) -> None:
     """One run, from its command line to its files."""
     cfg = parse(arguments)
     stop = runs.StopRequest()
+
+    def end(code: int, sentence: str) -> NoReturn:
+        if distributed.rank() == 0:
+            print(f"train.py: {sentence}", file=sys.stderr)
+        sys.exit(code)
+
     try:
-        with runs.claim(cfg):
-            run(cfg, stop)
+        device = distributed.place(resolve(cfg.device))
+        with distributed.group(device), runs.claim(cfg):
+            run(cfg, device, stop)
     except (checkpoint.CheckpointError, checkpoint.WriteError, runs.RunFolderError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        end(2, str(error))
     except NumericalFault as error:
-        print(
-            f"train.py: {error}. The last good state, if one was saved, is in {cfg.run_dir / 'checkpoint.pt'}",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        end(1, f"{error}. The last good state, if one was saved, is in {cfg.run_dir / 'checkpoint.pt'}")
+    except distributed.RankLost as error:
+        end(1, f"{error}; the same command with --resume continues {cfg.run_dir}")
     except runs.Interrupted:
-        print(f"train.py: stopped; the same command with --resume continues {cfg.run_dir}", file=sys.stderr)
-        sys.exit(128 + stop.signal)
+        end(128 + stop.signal, f"stopped; the same command with --resume continues {cfg.run_dir}")
 
 
-def run(cfg: Config, stop: runs.StopRequest) -> None:
+def run(cfg: Config, device: torch.device, stop: runs.StopRequest) -> None:
     """Warm starts, the loop, the report."""
-    device = resolve(cfg.device)
     keep_freed_memory()
-    student = warm_start(cfg, "student", device, stop)
-    teacher = copy.deepcopy(student) if cfg.privileged else warm_start(cfg, "teacher", device, stop)
+    with distributed.rank_0_first():
+        student = warm_start(cfg, "student", device, stop)
+        teacher = copy.deepcopy(student) if cfg.privileged else warm_start(cfg, "teacher", device, stop)
     teacher.requires_grad_(False)
     rows = train(cfg, student, teacher, stop)
+    if distributed.rank() > 0:
+        return
     shown = problems(cfg, "answers", 4 * cfg.eval_size, held_out=True)
     generator = torch_stream(cfg.seed, "answers", device=device)
     blank, work = (slots_of(shown, style) if cfg.privileged else None for style in ("blank", "work"))

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nano_opd import arithmetic, device, divergences
+from nano_opd import arithmetic, device, distributed, divergences
 from nano_opd.gpt import GPTConfig
 from nano_opd.tokenizer import VOCAB_SIZE
 
@@ -140,8 +140,15 @@ class Config:
                 raise ValueError("--normalize and --log-u-clip have no meaning with --variance full: leave them out")
         if self.method in PRIVILEGED and self.batch_size % self.group_size:
             raise ValueError(f"--batch-size {self.batch_size}: must be a multiple of --group-size {self.group_size}")
-        if self.reference == "shuffled" and self.batch_size < 2 * self.group_size:
-            raise ValueError("--reference shuffled: needs two groups or more in --batch-size")
+        N = distributed.world()
+        if self.batch_size % (N * (self.group_size if self.privileged else 1)):
+            groups = f" times --group-size {self.group_size}" if self.privileged else ""
+            raise ValueError(f"--batch-size {self.batch_size}: must be a multiple of the {N} processes{groups}")
+        if N > 1 and self.normalize == "token_mean":
+            raise ValueError("--normalize token_mean: no process knows the tokens of all: use batch or sequence_mean")
+        if self.reference == "shuffled" and self.batch_size < 2 * N * self.group_size:
+            each = " for each process" if N > 1 else ""
+            raise ValueError(f"--reference shuffled: needs two groups or more in --batch-size{each}")
         for who in ("teacher", "student"):
             try:
                 self.gpt(who)
@@ -182,13 +189,14 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """The run's own folder: its method and what is read by it, task and seed."""
+        """The run's own folder: its method and what is read by it, task, seed and, since they sample, other ranks."""
         parts = [self.method]
         if self.method in ("gkd", *SAMPLED, "opsd", "grpo+opsd"):
             parts.append(self.divergence)
         if self.method in SAMPLED:
             parts.append(self.variance + (f"-gamma{self.gamma:g}" if self.gamma else ""))
-        return Path(self.out_dir) / "-".join([*parts, f"{self.task}{self.digits}", f"seed{self.seed}"])
+        ranks = [f"ranks{distributed.world()}"] if distributed.world() > 1 else []
+        return Path(self.out_dir) / "-".join([*parts, f"{self.task}{self.digits}", f"seed{self.seed}", *ranks])
 
     def warm_start_path(self, who: str) -> Path:
         """Where the warm start with exactly this key is cached."""
@@ -202,7 +210,8 @@ def _flag(name: str) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"train.py: {message}\n")  # the one sentence, without the page of usage
+        # the one sentence, from one process, without the page of usage
+        self.exit(2, f"train.py: {message}\n" if distributed.rank() == 0 else None)
 
 
 def parse(arguments: list[str] | None = None) -> Config:
@@ -233,7 +242,7 @@ def parse(arguments: list[str] | None = None) -> Config:
                 f"{_flag(name)} {typed[name]} means nothing with --method {config.method}: it is read by {readers}"
             )
     try:
-        device.resolve(config.device)
+        distributed.place(device.resolve(config.device))
     except ValueError as error:
         parser.error(f"--device {error}")
     return config

@@ -6,7 +6,7 @@ This is where models meet the method files, which know tensors only.
 import torch
 from torch import Tensor
 
-from nano_opd import arithmetic, divergences, gkd, grpo, opd, opdplus, opsd, policy_gradient, rlsd
+from nano_opd import arithmetic, distributed, divergences, gkd, grpo, opd, opdplus, opsd, policy_gradient, rlsd
 from nano_opd.config import Config
 from nano_opd.evaluate import prompts_of, reasoning_span, rewards
 from nano_opd.gpt import GPT
@@ -45,7 +45,7 @@ def reward_loss(
     student_logp = logprobs_of(rollout.responses, student_logits)  # (B, R)
     old_logp = rollout.logp if cfg.epochs > 1 else student_logp.detach()  # drops nothing: ratio 1, gradient in logp
     if cfg.method != "grpo":
-        rng = numpy_stream(cfg.seed, "reference", step)
+        rng = numpy_stream(cfg.seed, distributed.own("reference"), step)
         slots = arithmetic.draw_references(batch, cfg.group_size, rng, cfg.reference)
         view = opsd.privileged_view(rollout.tokens, rollout.prompt_length, prompts_of(batch, student.device, slots))
         with torch.no_grad():

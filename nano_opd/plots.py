@@ -181,7 +181,8 @@ def bars(
                 label=label,
             )
         groups = list(next(iter(series.values())))
-        tilt = {"rotation": 40, "ha": "right"} if max(map(len, groups)) * len(groups) > 90 / len(panels) else {}
+        widest = max(len(line) for group in groups for line in group.split("\n"))
+        tilt = {"rotation": 40, "ha": "right"} if widest * len(groups) > 90 / (columns or len(panels)) else {}
         ax.set_xticks(range(len(groups)), groups, **tilt)
         if log:
             ax.set_yscale("log")

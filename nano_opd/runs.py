@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nano_opd import arithmetic, checkpoint, plots
+from nano_opd import arithmetic, checkpoint, distributed, plots
 from nano_opd.arithmetic import Problem
 from nano_opd.config import Config
 from nano_opd.evaluate import pass_at_k, wilson
@@ -56,8 +56,11 @@ def claim(cfg: Config) -> Iterator[None]:
     """Hold the run's folder, with this run's config.json in it, for the length of a `with`.
 
     Raises RunFolderError, and changes nothing, for a folder that holds another run, or this one without --resume, or
-    that another process is writing to.
+    that another process is writing to. Rank 0 holds it for all ranks.
     """
+    if distributed.rank() > 0:
+        yield
+        return
     path = cfg.run_dir / "config.json"
     if path.exists():
         try:
@@ -114,7 +117,9 @@ def load(cfg: Config, device: torch.device) -> dict | None:
 
 
 def save(cfg: Config, state: dict) -> None:
-    """checkpoint.pt, then metrics.csv from its rows, each whole or as it was."""
+    """checkpoint.pt, then metrics.csv from its rows, each whole or as it was; rank 0 writes them."""
+    if distributed.rank() > 0:
+        return
     checkpoint.save(cfg.run_dir / "checkpoint.pt", cfg.run_key(), state)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

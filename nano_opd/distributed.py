@@ -1,0 +1,133 @@
+"""More than one device: one process per device, each a rank with its share of every update, as torchrun starts them.
+
+    torchrun --standalone --nproc_per_node=2 train.py --method opdplus
+
+Rank k of N answers the k-th part of an update's problems, with random streams of its own, and divides its loss by B/N.
+DistributedDataParallel makes every rank's gradient the mean over the ranks: that of all B responses, so the weights
+stay equal everywhere. All ranks evaluate, on the same draws; rank 0 alone writes and speaks. With one process nothing
+here does anything.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from nano_opd.checks import NumericalFault
+from nano_opd.gpt import GPT
+
+
+class RankLost(RuntimeError):
+    """Another process of this run has ended, and this one waited for it."""
+
+
+def world() -> int:
+    """N, the number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """k, from 0 to N − 1."""
+    return int(os.environ.get("RANK", 0))
+
+
+def place(device: torch.device) -> torch.device:
+    """This rank's own device of that type. Raises ValueError where the processes cannot have one each."""
+    if world() == 1 or device.type == "cpu":
+        return device
+    each, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if device.type != "cuda" or device.index is not None or each > there:
+        raise ValueError(f"{device}: {each} processes need cpu, or cuda and {each} GPUs; this machine has {there}")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+@contextlib.contextmanager
+def group(device: torch.device) -> Iterator[None]:
+    """Join the other ranks for the length of a `with`. Raises RankLost when one of them is gone."""
+    if world() == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # the gradient travels between the devices; what is agreed on is on the CPU, where a lost rank is noticed at once
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None):
+            yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's have no type, but name its files
+            raise RankLost("another process of this run has ended") from error
+        raise
+    dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
+
+
+def share(rows: list) -> list:
+    """This rank's part of what is drawn for all of them."""
+    n = len(rows) // world()
+    return rows[rank() * n : (rank() + 1) * n]
+
+
+def own(purpose: str) -> str:
+    """The name of a random stream that every rank has for itself; rank 0's is that of a run with one process."""
+    return f"{purpose} of rank {rank()}" if rank() > 0 else purpose
+
+
+def replicate(model: GPT) -> GPT | DistributedDataParallel:
+    """The model to score with: a loss of its logits has the gradient of all ranks. Their weights become rank 0's."""
+    if world() == 1:
+        return model
+    replica = DistributedDataParallel(model)
+    replica.broadcast_buffers = False  # they are constants, and a rank may find a fault before it comes to a forward
+    return replica
+
+
+def bare(model: GPT | DistributedDataParallel) -> GPT:
+    """The model itself, to sample with; none of its calls waits for another rank."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def agree(value):
+    """On every rank the value of the lowest rank that has one, None if none has; all wait for each other here."""
+    if world() == 1:
+        return value
+    first = torch.tensor(world() if value is None else rank())
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    box = [value]
+    if first < world():
+        dist.broadcast_object_list(box, src=int(first))
+    return box[0]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A NumericalFault on one rank is raised on all, so that none goes on to wait for one that has stopped."""
+    fault = None
+    try:
+        yield
+    except NumericalFault as error:
+        fault = error
+    if fault := agree(fault):
+        raise fault
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 goes through the block, then the others, who find the files that it wrote."""
+    if rank() > 0:
+        agree(None)
+    yield
+    if rank() == 0:
+        agree(None)
+
+
+def mean(measured: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars averaged over the ranks."""
+    values = torch.stack(list(measured.values())).cpu().double()
+    if world() > 1:
+        dist.all_reduce(values)
+    return dict(zip(measured, (values / world()).tolist()))

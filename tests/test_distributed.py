@@ -1,0 +1,293 @@
+"""Two processes under torchrun: the gradient of one, a single writer, and an end for all when one of them ends.
+
+This file is also the program of those processes: `torchrun tests/test_distributed.py shares|run <folder> …`.
+"""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from nano_opd import arithmetic, checkpoint, config, distributed, losses
+from nano_opd.gpt import GPT
+from nano_opd.rollout import Rollout
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "--digits 1 --heads 2 --teacher-layers 1 --teacher-width 16 --student-layers 1 --student-width 8 --teacher-steps 5 "
+    "--student-steps 3 --sft-batch-size 8 --batch-size 16 --eval-size 4 --eval-every 5 --steps 12 --device cpu"
+).split()
+ARMS = {
+    "sft": "--method sft",
+    "gkd": "--method gkd",
+    "opd": "--method opd --variance sampled --gamma 1",
+    "opdplus": "--method opdplus",
+    "own length": "--method opdplus --normalize sequence_mean",
+    "grpo": "--method grpo --epochs 2",
+    "opsd": "--method opsd --group-size 2",
+    "grpo+opsd": "--method grpo+opsd",
+    "rlsd": "--method rlsd --epochs 2 --group-size 2 --lam 1 --eps-w 0.9",
+    "shuffled": "--method rlsd --reference shuffled --lam 1 --eps-w 0.9",
+}
+RUN = "opdplus-jsd-baseline-add1-seed0-ranks2"
+
+
+def lucky(problems, rollout):
+    """A verifier that likes one response in two, since a tiny student is never right."""
+    return (rollout.responses.sum(1) % 2).float()
+
+
+def models(cfg):
+    """A student and a teacher that differ, the same on every rank, and whose every weight matters."""
+    torch.manual_seed(0)
+    pair = GPT(cfg.gpt("student")), GPT(cfg.gpt("student" if cfg.privileged else "teacher"))
+    for parameter in [p for model in pair for p in model.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.5)
+    return pair
+
+
+def record(module, name, kept):
+    """Keep what each call of a function returns."""
+    function = getattr(module, name)
+
+    def recorded(*arguments, **named):
+        kept[name] = function(*arguments, **named)
+        return kept[name]
+
+    setattr(module, name, recorded)
+
+
+def work_on_shares(folder):
+    """One update's gradient for every arm, with all that this rank has drawn for it, in a file of its own."""
+    out, kept, losses.rewards = {}, {}, lucky
+    for module, name in [(train, "sample"), (train, "prompts_of"), (arithmetic, "draw_references")]:
+        record(module, name, kept)
+    record(train.sft, "solution_tokens", kept)
+    with distributed.group(torch.device("cpu")):
+        for arm, arguments in ARMS.items():
+            cfg = config.parse([*TINY, *arguments.split()])
+            student, teacher = models(cfg)
+            if distributed.rank() > 0:
+                torch.nn.init.zeros_(student.embedding.weight)  # so that the weights must come from rank 0
+            kept.clear()
+            replica = distributed.replicate(student)
+            loss_of_epoch = train.objective(cfg, 3, replica, teacher.requires_grad_(False))
+            loss_of_epoch()[0].backward()
+            gradient = {name: p.grad for name, p in student.named_parameters()}
+            out[arm] = {"gradient": gradient, **{k: vars(v) if k == "sample" else v for k, v in kept.items()}}
+    torch.save(out, Path(folder) / f"{distributed.rank()}.pt")
+
+
+def work_on_a_run(out_dir, event, *arguments):
+    """train.py with the weights of every rank on disk at its end; `event` happens to rank 1 alone, at step 7."""
+    update, trained = train.update, train.train
+
+    def eventful(cfg, step, student, *rest):
+        if step == 7 and distributed.rank() == 1:
+            if event == "fault":
+                train.distillation_loss = lambda cfg, student, *rest: (student.module.position.weight.sum() / 0, {})
+            elif event:
+                os.kill(os.getpid(), getattr(signal, event))
+        return update(cfg, step, student, *rest)
+
+    def kept(cfg, student, *rest):
+        rows = trained(cfg, student, *rest)
+        torch.save({"student": student.state_dict(), "rows": rows}, Path(out_dir) / f"{distributed.rank()}.pt")
+        return rows
+
+    train.update, train.train = eventful, kept
+    if distributed.rank() > 0:
+        checkpoint.write_atomically = None  # whoever writes here fails
+    train.main([*TINY, "--out-dir", out_dir, *arguments])
+
+
+def torchrun(program, *arguments):
+    """Two processes on this machine; the finished launcher."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / program),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*launcher, *map(str, arguments)], env=environment, **pipes) as process:
+        try:
+            out, error = process.communicate(timeout=120)
+        finally:
+            process.terminate()  # it takes its ranks with it, should they wait for each other for ever
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def run(out_dir, event="", *arguments):
+    return torchrun("tests/test_distributed.py", "run", out_dir, event, *arguments)
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory):
+    """What each of the two ranks drew and what gradient it ended with, by arm."""
+    folder = tmp_path_factory.mktemp("shares")
+    ended = torchrun("tests/test_distributed.py", "shares", folder)
+    assert ended.returncode == 0, ended.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_rank_has_the_gradient_of_one_process_on_all_their_rollouts(arm, shares, monkeypatch):
+    parts, cfg = [share[arm] for share in shares], config.parse([*TINY, *ARMS[arm].split()])
+    student, teacher = models(cfg)
+    copies = cfg.group_size if cfg.privileged else 1
+    batch = [p for p in train.problems(cfg, "problems", 16 // copies, 3) for _ in range(copies)]
+    if arm == "sft":
+        loss = train.sft.loss(student, torch.cat([part["solution_tokens"] for part in parts]), cfg.prompt_length)
+    else:
+        samples = [part["sample"] for part in parts]
+        together = {key: torch.cat([s[key] for s in samples]) for key in ("tokens", "mask", "logp")}
+        rollout = Rollout(prompt_length=cfg.prompt_length, **together)
+        if cfg.privileged:
+            slots = sum([part.get("draw_references", []) for part in parts], [])
+            monkeypatch.setattr(losses, "rewards", lucky)
+            monkeypatch.setattr(arithmetic, "draw_references", lambda *_: slots)
+            loss, _ = losses.reward_loss(cfg, 3, student, teacher.requires_grad_(False), rollout, batch)
+        else:
+            loss, _ = losses.distillation_loss(cfg, student, teacher.requires_grad_(False), rollout)
+    loss.backward()
+    size = max(p.grad.abs().max() for p in student.parameters())
+    assert size > 0
+    for name, parameter in student.named_parameters():
+        ours, theirs = (part["gradient"][name] for part in parts)
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-5 * size.item())
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "sft"])
+def test_ranks_share_out_the_problems_of_one_process_and_sample_with_their_own_streams(arm, shares):
+    parts, cfg = [share[arm] for share in shares], config.parse([*TINY, *ARMS[arm].split()])
+    copies = cfg.group_size if cfg.privileged else 1
+    batch = [p for p in train.problems(cfg, "problems", 16 // copies, 3) for _ in range(copies)]
+    slots = train.slots_of(batch, "blank") if cfg.privileged else None
+    assert torch.equal(torch.cat([part["prompts_of"] for part in parts]), train.prompts_of(batch, "cpu", slots))
+    student, _ = models(cfg)
+
+    def answers(part, purpose):
+        stream = train.torch_stream(cfg.seed, purpose, 3)
+        return train.sample(student, part["prompts_of"], cfg.response_cap, stream).tokens
+
+    assert torch.equal(parts[0]["sample"]["tokens"], answers(parts[0], "rollout"))  # as with one process
+    assert torch.equal(parts[1]["sample"]["tokens"], answers(parts[1], "rollout of rank 1"))
+    assert not torch.equal(parts[1]["sample"]["tokens"], answers(parts[1], "rollout"))
+    if "draw_references" in parts[1]:
+        rng = train.numpy_stream(cfg.seed, "reference of rank 1", 3)
+        theirs = batch[len(batch) // 2 :]
+        drawn = arithmetic.draw_references(theirs, cfg.group_size, rng, cfg.reference)
+        assert parts[1]["draw_references"] == drawn
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One undisturbed run of two processes."""
+    out_dir = tmp_path_factory.mktemp("finished")
+    ended = run(out_dir)
+    assert ended.returncode == 0, ended.stderr
+    return out_dir, ended
+
+
+def metrics(out_dir):
+    with open(out_dir / RUN / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def state(out_dir):
+    return torch.load(out_dir / RUN / "checkpoint.pt", weights_only=True)["state"]
+
+
+def same(first, second):
+    a, b = state(first)["student"], state(second)["student"]
+    return all(torch.equal(a[name], b[name]) for name in a) and metrics(first) == metrics(second)
+
+
+def test_a_run_of_two_processes_is_one_run(finished):
+    out_dir, ended = finished
+    files = sorted(p.name for p in (out_dir / RUN).iterdir())
+    assert files == ["checkpoint.pt", "config.json", "curves.png", "metrics.csv"]
+    assert sorted(p.name for p in out_dir.iterdir()) == ["0.pt", "1.pt", RUN, "warm_starts"]
+    rows = metrics(out_dir)
+    assert [int(row["rollouts"]) for row in rows] == list(range(0, 13 * 16, 16))
+    assert all(row["grad_norm"] for row in rows[:-1]) and ended.stdout.count("step     5") == 1
+    ours, theirs = (torch.load(out_dir / f"{rank}.pt") for rank in (0, 1))
+    for name, value in state(out_dir)["student"].items():
+        assert torch.equal(ours["student"][name], value) and torch.equal(theirs["student"][name], value)
+    for mine, other in zip(ours["rows"], theirs["rows"], strict=True):
+        assert mine | {"seconds": 0} == other | {"seconds": 0}  # the loss too, which is the mean over the ranks
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_it_resumes_to_the_same_bits(finished, tmp_path):
+    ended = run(tmp_path, "SIGKILL")
+    assert ended.returncode != 0 and "another process of this run has ended; the same command" in ended.stderr
+    assert state(tmp_path)["step"] == 5 and not list(tmp_path.rglob(".*.tmp"))
+    assert run(tmp_path, "", "--resume").returncode == 0
+    assert same(finished[0], tmp_path)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(finished, tmp_path):
+    ended = run(tmp_path, "SIGTERM")
+    assert ended.returncode != 0 and ended.stderr.count("train.py: stopped") == 1
+    assert state(tmp_path)["step"] == 8 == len(metrics(tmp_path))
+    assert run(tmp_path, "", "--resume").returncode == 0
+    assert same(finished[0], tmp_path)
+
+
+def test_a_fault_on_one_rank_stops_all_with_one_sentence(tmp_path):
+    ended = run(tmp_path, "fault")
+    assert ended.returncode == 1 and ended.stderr.count("train.py: step 7: the loss is") == 1
+    assert "another process" not in ended.stderr and state(tmp_path)["step"] == 5
+
+
+def test_a_bad_command_line_is_refused_once(tmp_path):
+    ended = torchrun("train.py", "--batch-size", "5", "--out-dir", tmp_path / "out")
+    assert ended.returncode != 0 and not (tmp_path / "out").exists()
+    assert ended.stderr.count("train.py: --batch-size 5: must be a multiple of the 2 processes\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ("--batch-size 5", "--batch-size 5: must be a multiple of the 2 processes"),
+        (
+            "--method grpo --batch-size 12",
+            "--batch-size 12: must be a multiple of the 2 processes times --group-size 4",
+        ),
+        ("--normalize token_mean", "--normalize token_mean: no process knows the tokens of all"),
+        ("--method rlsd --batch-size 8 --reference shuffled", "two groups or more in --batch-size for each process"),
+    ],
+)
+def test_what_two_processes_cannot_share_is_refused(arguments, message, capsys, monkeypatch):
+    assert isinstance(config.parse(arguments.split()), config.Config) or "5" in arguments
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as end:
+        config.parse(arguments.split())
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert distributed.place(torch.device("cuda")) == torch.device("cuda:1")
+    assert distributed.place(torch.device("cpu")) == torch.device("cpu")
+    for refused, there in [("mps", 2), ("cuda:0", 2), ("cuda", 1)]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: there)
+        with pytest.raises(ValueError, match=f"{refused}: 2 processes need"):
+            distributed.place(torch.device(refused))
+
+
+if __name__ == "__main__":
+    {"shares": work_on_shares, "run": work_on_a_run}[sys.argv[1]](*sys.argv[2:])
