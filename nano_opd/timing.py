@@ -1,10 +1,10 @@
-"""What a time is compared with, and how: the matrix products of a phase alone, and candidates that take turns.
+"""What is timed and what it is compared with: the phases of a step, and the matrix products of each phase alone.
 
 A floor runs every product of a phase with its output preallocated and nothing in between, at the rate that this machine
 reaches, so time / floor says what everything else costs: launches, normalisation, softmax, drawing, the optimizer.
 
-What is compared is timed in turns (A, B, floor, floor, B, A, …): a moment in which the machine is busy falls on all. A
-ratio is the median over the turns of the ratio within a turn, with its quartiles.
+What is compared takes turns (A, B, floor, floor, B, A, …): a moment in which the machine is busy falls on all. A ratio
+is the median over the turns of the ratio within a turn, with its quartiles.
 """
 
 import time
@@ -12,10 +12,58 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from nano_opd.gpt import GPTConfig
+from nano_opd import policy_gradient, sft
+from nano_opd.config import Config
+from nano_opd.gpt import GPT, GPTConfig
+from nano_opd.losses import distillation_loss
+from nano_opd.rollout import response_logprobs, sample
+from nano_opd.tokenizer import EOS
 
+VOCAB_SIZE = EOS  # the toy's alphabet without EOS and PAD: no response ends early, so 24 tokens are 24 tokens
 Product = tuple[int, int, int, int]  # (batch, m, k, n): so many products (m, k) @ (k, n)
+
+
+def new_model(layers: int, width: int, length: int, device: torch.device, vocab_size: int = VOCAB_SIZE) -> GPT:
+    """Four heads, or more of 64 channels each. Random weights, none of them zero as some are before training."""
+    model = GPT(GPTConfig(vocab_size, length, layers, max(4, width // 64), width)).to(device)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=width**-0.5)
+    return model
+
+
+def new_pair(layers: int, width: int, length: int, device: torch.device) -> tuple[GPT, GPT]:
+    """A student and its teacher: 3×96 for the default student of 2×64, else of the same size."""
+    of_teacher = (3, 96) if (layers, width) == (2, 64) else (layers, width)
+    return new_model(layers, width, length, device), new_model(*of_teacher, length, device).requires_grad_(False)
+
+
+def in_dtype(run: Callable, device: torch.device, dtype: torch.dtype) -> Callable:
+    """`run` under autocast to `dtype`; as it is for float32."""
+    return torch.autocast(device.type, dtype)(run) if dtype != torch.float32 else run
+
+
+def phases(
+    student: GPT, teacher: GPT, B: int, prompt: int, response: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Callable]:
+    """The student's rollout, score and update, and the whole step of the default method, its teacher included."""
+    device, cfg, optimizer = student.device, Config(), sft.adamw(student, 0.0)  # lr 0: no update changes the next
+    prompts = torch.randint(VOCAB_SIZE, (B, prompt), device=device)
+    tokens = sample(student, prompts, response).tokens
+    everywhere = torch.ones(B, response, device=device)
+
+    def optimize(loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    rollout = lambda: sample(student, prompts, response)
+    score = lambda: response_logprobs(student, tokens, prompt)
+    update = lambda: optimize(policy_gradient.loss(score(), everywhere, everywhere.bool()))
+    step = lambda: optimize(distillation_loss(cfg, student, teacher, rollout())[0])
+    runs = {"rollout": rollout, "score": torch.no_grad()(score), "update": update, "step": step}
+    return {name: in_dtype(run, device, dtype) for name, run in runs.items()}
 
 
 def forward_products(c: GPTConfig, B: int, T: int, S: int, logits: int) -> list[Product]:
@@ -27,48 +75,53 @@ def forward_products(c: GPTConfig, B: int, T: int, S: int, logits: int) -> list[
     return c.n_layer * (attention + mlp) + [(1, B * logits, C, c.vocab_size)]
 
 
-def phase_products(c: GPTConfig, B: int, prompt: int, response: int) -> dict[str, list[list[Product]]]:
-    """The forwards of "rollout", "score" and "update", each a list of products; an update counts as one forward."""
-    score = forward_products(c, B, prompt + response - 1, prompt + response - 1, response)
+def phase_products(student: GPT, teacher: GPT, B: int, prompt: int, response: int) -> dict[str, list[list[Product]]]:
+    """The products of each phase, forward by forward; a backward belongs to its forward."""
+    T, c = prompt + response - 1, student.config
+    score = forward_products(c, B, T, T, response)
     backward = [grad for b, m, k, n in score for grad in ((b, m, n, k), (b, k, m, n))]  # dY Wᵀ and Xᵀ dY
     decode = [forward_products(c, B, 1, S, 1) for S in range(prompt + 1, prompt + response)]
-    return {
-        "rollout": [forward_products(c, B, prompt, prompt, 1), *decode],
-        "score": [score],
-        "update": [score + backward],
-    }
+    rollout = [forward_products(c, B, prompt, prompt, 1), *decode]
+    step = [*rollout, forward_products(teacher.config, B, T, T, response), score + backward]
+    return {"rollout": rollout, "score": [score], "update": [score + backward], "step": step}
 
 
 def floor(passes: list[list[Product]], device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    """A function that runs the products and nothing else; every weight, key and value has a memory of its own."""
+    """A function that runs the products and nothing else; a forward has its weights, keys and values side by side."""
     new = lambda size: torch.randn(size, device=device, dtype=dtype)
-    a = new(max(b * m * k for products in passes for b, m, k, n in products))
-    out = new(max(b * m * n for products in passes for b, m, k, n in products))
-    nth = [[p[i] for p in passes if i < len(p)] for i in range(max(map(len, passes)))]
-    weights = [new(max(b * k * n for b, m, k, n in products)) for products in nth]
+    products = [product for forward in passes for product in forward]
+    x, y = (new(max(b * m * size for b, m, *sizes in products for size in sizes)) for _ in range(2))
+    nth = [[forward[i] for forward in passes if i < len(forward)] for i in range(max(map(len, passes)))]
+    weights = [new(max(b * k * n for b, _, k, n in same)) for same in nth]
     calls = []
-    for products in passes:
-        for (b, m, k, n), weight in zip(products, weights):
-            x, w, y = a[: b * m * k].view(b, m, k), weight[: b * k * n].view(b, n, k), out[: b * m * n].view(b, m, n)
-            calls.append((torch.mm, x[0], w[0].T, y[0]) if b == 1 else (torch.bmm, x, w.transpose(1, 2), y))
+    for forward in passes:
+        for (b, m, k, n), w in zip(forward, weights):
+            operands = x[: b * m * k].view(b, m, k), w[: b * k * n].view(b, n, k).mT, y[: b * m * n].view(b, m, n)
+            calls.append((torch.bmm, *operands) if b > 1 else (torch.mm, *(operand[0] for operand in operands)))
 
+    @torch.no_grad()
     def run() -> None:
-        for product, x, w, y in calls:
-            product(x, w, out=y)
+        for product, a, b, out in calls:
+            product(a, b, out=out)
 
     if device.type != "cuda":
-        return torch.no_grad()(run)
+        return run
     run()
     graph = torch.cuda.CUDAGraph()  # one launch for all, or the floor of a small model would be that of its launches
-    with torch.no_grad(), torch.cuda.graph(graph):
+    with torch.cuda.graph(graph):
         run()
     return graph.replay
 
 
-def sync(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy of 1 GiB reads and writes."""
+    a, b = torch.empty(2, 2**28, device=device)
+    return 2 * a.nbytes / np.median(take_turns({"copy": lambda: a.copy_(b)}, device, 1)["copy"])
+
+
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def take_turns(
@@ -78,14 +131,15 @@ def take_turns(
     for run in candidates.values():
         run()
     times = {name: [] for name in candidates}
-    names, end, turn = list(candidates), time.monotonic() + seconds, 0
+    order, end, turn = list(candidates), time.monotonic() + seconds, 0
     while turn < turns or time.monotonic() < end:
-        for name in names[:: -1 if turn % 2 else 1]:  # A B B A: no one always comes after the same neighbour
-            sync(device)
+        for name in order:
+            _wait(device)
             start = time.perf_counter()
             candidates[name]()
-            sync(device)
+            _wait(device)
             times[name].append(time.perf_counter() - start)
+        order.reverse()  # so that none always comes after the same neighbour
         turn += 1
     return {name: np.array(values) for name, values in times.items()}
 
@@ -97,17 +151,17 @@ def paired_ratio(a: np.ndarray, b: np.ndarray) -> list[float]:
 
 def observe(run: Callable, device: torch.device) -> tuple[int, float]:
     """Operator calls (on a GPU: kernels) of one run, and its peak MB of tensors on top of what there was before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    with torch.profiler.profile(profile_memory=device.type == "cpu") as profile:
+    if gpu := device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    with torch.profiler.profile(profile_memory=not gpu) as profile:
         run()
-        sync(device)
-    if device.type == "cuda":
-        kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        return len(kernels), (torch.cuda.max_memory_allocated() - before) / 1e6
+        _wait(device)
+    if gpu:
+        kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+        return kernels, (torch.cuda.max_memory_allocated(device) - before) / 1e6
     is_operator = lambda event: event is not None and event.name.startswith("aten::")
     calls = sum(is_operator(e) and not is_operator(e.cpu_parent) for e in profile.events())  # not those within others
-    memory = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = np.cumsum([e.nbytes() for e in sorted(memory, key=lambda e: e.start_ns())])
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # +allocated, −freed
+    live = np.cumsum([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())])
     return calls, float(live.max()) / 1e6
