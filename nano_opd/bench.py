@@ -5,11 +5,8 @@ replayed as one CUDA graph, and is never below the time that reading weights, ke
 """
 
 import argparse
-import csv
 import importlib.util
 import json
-import platform
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,8 +40,8 @@ def speed(
         row = {"size": f"{layers}×{width}", "B": B, "phase": name}
         row |= {"tokens/s": round(B * R / np.median(times[name])), "ms": 1e3 * np.median(times[name])}
         row |= {"floor, ms": 1e3 * np.median(lowest), "time / floor": timing.paired_ratio(times[name], lowest)}
-        row |= {"calls": calls, "calls per token": calls / R if name == "rollout" else None, "peak, MB": peak}
-        rows.append(row)
+        row |= {"calls": calls, "calls per token": calls / R if name == "rollout" else None}
+        rows.append(row | {"peak, MB": peak})
     return rows
 
 
@@ -128,23 +125,28 @@ def precision(width: int, B: int, device: torch.device, seconds: float = 3) -> l
         with torch.profiler.profile() as profile:
             autocast()
         operators = profile.key_averages()
+        total = sum(e.self_cpu_time_total for e in operators)
         casts = [e for e in operators if e.key == "aten::_to_copy"]
-        share = sum(e.cpu_time_total for e in casts) / sum(e.self_cpu_time_total for e in operators)
-        rows.append(row | {"casts of autocast": sum(e.count for e in casts), "their share of its time": share})
+        attention = [e for e in operators if "attention" in e.key and e.key.startswith("aten::_")]
+        row["of autocast: casts"] = sum(e.cpu_time_total for e in casts) / total
+        rows.append(row | {"of autocast: attention": sum(e.self_cpu_time_total for e in attention) / total})
     return rows
 
 
-def scaling(axis: str, value: int, device: torch.device, dtype: torch.dtype, seconds: float = 3) -> list[dict]:
-    """Seconds of a step of the default models, of its rollout and of the rollout's products, at one length or batch."""
-    B, response = (32, value) if axis == "response tokens" else (value, R)
-    student, teacher = timing.new_pair(2, 64, P + response, device)
-    runs = timing.phases(student, teacher, B, P, response, dtype)
-    products = timing.floor(timing.phase_products(student, teacher, B, P, response)["rollout"], device, dtype)
-    runs = {"step": runs["step"], "rollout": runs["rollout"], "products of the rollout": products}
+def scaling(axis: str, values: list[int], device: torch.device, dtype: torch.dtype, turns: int = 5) -> list[dict]:
+    """Seconds of a step of the default models, of its rollout and of the rollout's products, by "length" or "batch"."""
+    runs = {}
+    for value in values:
+        B, response = (32, value) if axis == "length" else (value, R)
+        student, teacher = timing.new_pair(2, 64, P + response, device)
+        products = timing.phase_products(student, teacher, B, P, response)["rollout"]
+        work = timing.phases(student, teacher, B, P, response, dtype)
+        runs |= {("step", value): work["step"], ("rollout", value): work["rollout"]}
+        runs["products of the rollout", value] = timing.floor(products, device, dtype)
     rows = []
-    for name, times in timing.take_turns(runs, device, seconds, turns=3).items():
+    for (name, value), times in timing.take_turns(runs, device, 0, turns).items():
         low, median, high = np.percentile(times, (25, 50, 75))
-        rows.append({"axis": axis, "value": value, "series": name, "s": median, "s low": low, "s high": high})
+        rows.append({"axis": axis, "tokens or rows": value, "what": name, "s": median, "s low": low, "s high": high})
     return rows
 
 
@@ -158,15 +160,18 @@ def scaling_figure(rows: list[dict]) -> Figure:
     """Seconds against length and batch with the exponent of a step; ms that each further token takes."""
     measured, panels = {}, {}
     for row in rows:
-        measured.setdefault(row["axis"], {}).setdefault(row["series"], []).append((row["value"], row["s"]))
+        measured.setdefault(row["axis"], {}).setdefault(row["what"], []).append((row["tokens or rows"], row["s"]))
     for axis, series in measured.items():
         series = {name: np.array(points).T for name, points in series.items()}
-        panels[f"s, by {axis}: exponent {exponent(*series['step']):.2f}"] = series
-        if axis == "response tokens":  # between two lengths, drawn at their geometric mean
+        panels[f"s by {axis}: a step ∝ x^{exponent(*series['step']):.2f}"] = series
+        if axis == "length":  # between two lengths, drawn at their geometric mean
             panels["ms per further token, by position"] = {
                 name: (np.sqrt(x[1:] * x[:-1]), 1e3 * np.diff(s) / np.diff(x)) for name, (x, s) in series.items()
             }
-    return plots.curves(panels, "", "", xscale="log", yscale="log")
+    figure = plots.curves(panels, "", "", xscale="log", yscale="log")
+    for ax in figure.axes:
+        ax.set_xscale("log", base=2)
+    return figure
 
 
 def markdown(rows: list[dict]) -> str:
@@ -183,26 +188,15 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def machine(device: torch.device, dtype: torch.dtype) -> str:
-    """Where the numbers come from."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo")
-        found = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-        name = f"{found[1] if found else platform.processor()}, threads: {torch.get_num_threads()}"
-    return f"{name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}"
-
-
-def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
-    """What to measure and where. Bad input ends the program: one sentence on stderr, exit code 2."""
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, torch.device, dict]:
+    """What to measure, where, and the tables there are. Bad input ends the program: one sentence, exit code 2."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"bench: {message}\n")  # without the page of usage
     parser.add_argument("--peers", action="store_true", help="sampling beside other people's")
     parser.add_argument("--precision", action="store_true", help="from which width on bfloat16 is faster")
     parser.add_argument("--scaling", action="store_true", help="cost against response length and batch; a figure")
     parser.add_argument("--large", action="store_true", help="6×384 on a CPU too")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<n>")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 by autocast")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--json", type=Path, default=Path("out/bench.json"), help="tables not measured now are kept")
@@ -212,29 +206,29 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, torch.device
     if args.threads < 1:
         parser.error(f"--threads {args.threads}: must be 1 or more")
     try:
-        return args, resolve(args.device)
-    except ValueError as error:
-        parser.error(f"--device {error}")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        return args, resolve(args.device), json.loads(args.json.read_text()) if args.json.exists() else {}
+    except (OSError, ValueError) as error:
+        parser.error(f"--device {args.device}, --json {args.json}: {error}")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what was asked for; unasked, speed and the large vocabulary."""
-    args, device = parse(arguments)
+    args, device, kept = parse(arguments)
     dtype, gpu = getattr(torch, args.dtype), device.type == "cuda"
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     sizes = SIZES if gpu else SIZES[: 2 + args.large]
     speeds = [(*size, B) for size in sizes for B in ((128, 512, 1024, 4096) if gpu else (128,))]
-    axes = [("response tokens", 2**n) for n in range(4, 10)] + [("batch", 2**n) for n in range(4, 11)]
+    axes = {"length": [2**n for n in range(4, 10)], "batch": [2**n for n in range(4, 11)]}
     copy_rate = timing.bandwidth(device) if gpu else np.inf
     tables = {
         "speed": [lambda s=s: speed(*s, device, dtype, copy_rate) for s in speeds],
         "vocabulary": [lambda: vocabulary(device, dtype)],
         "peers": [lambda s=s: peers(*s, 128, device, dtype) for s in sizes],
         "precision": [lambda w=w: precision(w, 128, device) for w in (64, 128, 256, 384, 768)],
-        "scaling": [lambda a=a: scaling(*a, device, dtype) for a in axes],
+        "scaling": [lambda a=a: scaling(*a, device, dtype) for a in axes.items()],
     }
-    kept = json.loads(args.json.read_text()) if args.json.exists() else {}
     for name in [n for n in ("peers", "precision", "scaling") if getattr(args, n)] or ["speed", "vocabulary"]:
         rows = []
         for measure in tables[name]:
@@ -242,15 +236,12 @@ def main(arguments: list[str] | None = None) -> None:
                 rows += measure()
             except torch.OutOfMemoryError as error:
                 print(f"left out: {str(error).splitlines()[0]}", file=sys.stderr)
-        kept[name] = {"machine": machine(device, dtype), "rows": rows}
+        kept[name] = {"machine": timing.machine(device, dtype), "rows": rows}
         print(f"\n{name}: {kept[name]['machine']}\n\n{markdown(rows)}", flush=True)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
         if name == "scaling":
-            with open(RESULTS / "scaling.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            rounded = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+            (RESULTS / "scaling.csv").write_text("\n".join(map(",".join, [rows[0], *rounded])) + "\n")
             scaling_figure(rows).savefig(RESULTS / "scaling.png", dpi=120)
 
 

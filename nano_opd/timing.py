@@ -7,8 +7,11 @@ What is compared takes turns (A, B, floor, floor, B, A, …): a moment in which 
 is the median over the turns of the ratio within a turn, with its quartiles.
 """
 
+import platform
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -91,12 +94,16 @@ def floor(passes: list[list[Product]], device: torch.device, dtype: torch.dtype)
     new = lambda size: torch.randn(size, device=device, dtype=dtype)
     products = [product for forward in passes for product in forward]
     x, y = (new(max(b * m * size for b, m, *sizes in products for size in sizes)) for _ in range(2))
-    nth = [[forward[i] for forward in passes if i < len(forward)] for i in range(max(map(len, passes)))]
-    weights = [new(max(b * k * n for b, _, k, n in same)) for same in nth]
+    largest = max(b * k * n for b, m, k, n in products)
+    pool = new(max(largest, min(2**28, sum(b * k * n for b, m, k, n in max(passes, key=len)))))  # 1 GiB is no cache
     calls = []
     for forward in passes:
-        for (b, m, k, n), w in zip(forward, weights):
-            operands = x[: b * m * k].view(b, m, k), w[: b * k * n].view(b, n, k).mT, y[: b * m * n].view(b, m, n)
+        start = 0
+        for b, m, k, n in forward:
+            start = start if start + b * k * n <= len(pool) else 0
+            w = pool[start : start + b * k * n].view(b, n, k).mT
+            start += b * k * n
+            operands = x[: b * m * k].view(b, m, k), w, y[: b * m * n].view(b, m, n)
             calls.append((torch.bmm, *operands) if b > 1 else (torch.mm, *(operand[0] for operand in operands)))
 
     @torch.no_grad()
@@ -165,3 +172,14 @@ def observe(run: Callable, device: torch.device) -> tuple[int, float]:
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # +allocated, −freed
     live = np.cumsum([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())])
     return calls, float(live.max()) / 1e6
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> str:
+    """Where the numbers come from."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        info = Path("/proc/cpuinfo")
+        found = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+        name = f"{found[1] if found else platform.processor()}, threads: {torch.get_num_threads()}"
+    return f"{name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}"

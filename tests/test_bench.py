@@ -98,14 +98,13 @@ def test_the_tables(tmp_path, monkeypatch, capsys):
 
 
 def test_scaling_and_precision_at_tiny_sizes():
-    sizes = [(axis, n) for axis in ("response tokens", "batch") for n in (1, 2, 3, 4)]
-    rows = [row for size in sizes for row in bench.scaling(*size, CPU, torch.float32, seconds=0)]
-    assert [row["value"] for row in rows[::3]] == [1, 2, 3, 4] * 2
+    rows = [row for axis in ("length", "batch") for row in bench.scaling(axis, [1, 2, 3, 4], CPU, torch.float32, 1)]
+    assert [row["tokens or rows"] for row in rows[::3]] == [1, 2, 3, 4] * 2
     titles = [ax.get_title() for ax in bench.scaling_figure(rows).axes]
-    assert len(titles) == 3 and sum("exponent" in title for title in titles) == 2
+    assert len(titles) == 3 and sum("a step ∝" in title for title in titles) == 2
     product, update = bench.precision(16, 2, CPU, seconds=0)
-    assert product["casts of autocast"] == 2 and update["casts of autocast"] > 10
-    assert 0 < update["their share of its time"] < 1
+    assert all(0 < row["of autocast: casts"] < 1 for row in (product, update))
+    assert product["of autocast: attention"] == 0 <= update["of autocast: attention"] < 1
 
 
 def test_markdown_rounds_and_leaves_blanks():
@@ -124,10 +123,17 @@ def test_a_bad_command_line_gets_one_sentence(arguments, monkeypatch, capsys):
     assert stopped.value.code == 2 and said.count("\n") == 1 and said.startswith("bench: ") and arguments[0] in said
 
 
+def test_a_file_that_holds_no_tables_is_left_alone(tmp_path, capsys):
+    (path := tmp_path / "b.json").write_text("{")
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--json", str(path)])
+    assert stopped.value.code == 2 and "b.json" in capsys.readouterr().err and path.read_text() == "{"
+
+
 def test_the_readme_shows_the_tables_of_the_results():
-    path = bench.RESULTS / "speed.json"
-    if not path.exists():
-        pytest.skip("not measured yet")
-    readme = (ROOT / "README.md").read_text()
-    for table in json.loads(path.read_text()).values():
-        assert bench.markdown(table["rows"]) in readme and table["machine"] in readme
+    readme, tables = (ROOT / "README.md").read_text(), 0
+    for path in bench.RESULTS.glob("speed*.json"):
+        for table in json.loads(path.read_text()).values():
+            assert bench.markdown(table["rows"]) in readme and table["machine"] in readme
+            tables += 1
+    assert tables
