@@ -81,7 +81,7 @@ def paired_p(differences: Sequence[float]) -> float:
 
 
 def equivalence_p(differences: Sequence[float], margin: float) -> float:
-    """p-value of the hypothesis that the mean of paired differences lies outside ± margin; a small one: as good as equal.
+    """p-value of the hypothesis that paired differences have a mean outside ± margin: small if they are as good as 0.
 
     The larger of two one-sided tests (Schuirmann 1987). NaN for one difference.
     """

@@ -139,7 +139,7 @@ def digest(figure: Figure) -> str:
 
 def save(figure: Figure, path: Path | str) -> None:
     """As PNG on white, legible on a dark page too, with its digest in the file."""
-    figure.savefig(path, dpi=160, facecolor="white", metadata={"Digest": digest(figure), "Software": None})
+    figure.savefig(path, dpi=130, facecolor="white", metadata={"Digest": digest(figure), "Software": None})
 
 
 def token_credit(rows: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:

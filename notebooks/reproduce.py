@@ -47,7 +47,7 @@ class Experiment:
 EVALUATION = "--eval-every 25 --eval-size 250"
 PRIVILEGED = f"--steps 600 --batch-size 64 --student-steps 190 --lr 3e-4 {EVALUATION}"
 UPDATE_COLUMNS = ("loss", "grad_norm", "clip_fraction", "reward", "zero_groups", "weight_clip_fraction")
-QUICK = "--steps 4 --eval-every 2 --batch-size 8 --teacher-steps 5 --student-steps 5 --eval-size 20 --digits 1"
+QUICK = "--steps 4 --eval-every 1 --batch-size 8 --teacher-steps 5 --student-steps 5 --eval-size 20 --digits 1"
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "pearson_chi2", "neyman_chi2", "hellinger", "tv", "k3")
 # One change each: to both GRPO and RLSD, or to what only RLSD reads, whose partner is the plain grpo of rlsd.
 BOTH = {"4 digits": "--digits 4", "mul": "--task mul", "sub": "--task sub", "mix": "--task mix"}
