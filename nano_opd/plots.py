@@ -96,6 +96,8 @@ def seed_panels(
 ) -> Figure:
     """One panel per title, results as in `seed_curves`; one column (and label) for all of them or one for each.
 
+    An arm without seeds is not drawn, and keeps its colour for the other panels.
+
     x  "step" or "rollouts", the horizontal axis
     """
     figure, axes = _axes(list(panels), ylabel, 3.0)
@@ -103,9 +105,12 @@ def seed_panels(
     for ax, results, name in zip(axes, panels.values(), columns):
         _bands(ax, results, name, x)
         ax.set(xlabel={"step": "update", "rollouts": "rollouts"}[x])
-        if "accuracy" in name:
+        if name == "accuracy":
             ax.set_ylim(-0.02, 1.02)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    drawn = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels())}
+    labels = [arm for arm in dict.fromkeys(arm for results in panels.values() for arm in results) if arm in drawn]
+    ncols = 5 if sum(map(len, labels)) < 80 else 3
+    figure.legend([drawn[label] for label in labels], labels, loc="outside upper center", ncols=ncols)
     return figure
 
 

@@ -286,16 +286,26 @@ def figures(folder: Path) -> dict[str, Figure]:
     there = lambda arms: {label: results[arm] for label, arm in arms.items() if arm in results}
     pairs = {"reverse KL": REVERSE, "forward KL": FORWARD, "Jensen–Shannon": JSD}
     panels = {name: there(dict(zip(("OPD", "OPD+"), arms))) for name, arms in pairs.items()}
-    privileged = there({arm: arm for arm in reproduce.EXPERIMENTS["rlsd"].arms})
+    arms = there({arm: arm for arm in reproduce.EXPERIMENTS["rlsd"].arms})
+    some = lambda *names: {arm: seeds if arm in names else [] for arm, seeds in arms.items()}
+    close = {arm: minus(seeds, arms["grpo"]) for arm, seeds in some("grpo+opsd", "rlsd", "rlsd, shuffled").items()}
     return {
         "collapse.png": plots.seed_panels(panels, "accuracy", "held-out accuracy"),
         "dense.png": plots.seed_panels({"": there(DENSE)}, "accuracy", "held-out accuracy", "rollouts"),
         "rlsd.png": plots.seed_panels(
-            {"held-out accuracy": privileged, "answers that cite what they were not shown": privileged},
-            ["accuracy", "leak_rate"],
-            ["fraction", ""],
+            {"held-out accuracy": some("grpo", "opsd"), "the same minus GRPO's": close, "answers that cite": arms},
+            ["accuracy", "difference", "leak_rate"],
+            ["fraction", "", ""],
         ),
     }
+
+
+def minus(seeds: list[list[dict]], others: list[list[dict]]) -> list[list[dict]]:
+    """Accuracy minus that of another arm, seed by seed and step by step."""
+    return [
+        [{"step": row["step"], "difference": row["accuracy"] - other["accuracy"]} for row, other in zip(*pair)]
+        for pair in zip(seeds, others)
+    ]
 
 
 def fill(text: str, filled: dict[str, str]) -> str:

@@ -2,14 +2,11 @@
 
 import csv
 import sys
-from pathlib import Path
 
 import pytest
+import reproduce
 
 from nano_opd import config, plots
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))  # where the driver's processes look for it, too
-import reproduce
 
 TINY = "--digits 1 --heads 2 --student-layers 1 --student-width 8 --student-steps 2 --batch-size 8 --eval-size 4"
 
@@ -37,7 +34,7 @@ def tiny(monkeypatch, tmp_path):
         reproduce.main()
 
     monkeypatch.setattr(reproduce, "QUICK", "")
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--quick", "--out-dir", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--quick", "--jobs", "1", "--out-dir", str(tmp_path)])
     start.out = tmp_path / "quick"
     return start
 
@@ -74,12 +71,12 @@ def test_all_arms_and_seeds_end_in_one_file_and_are_not_run_twice(tiny, monkeypa
 
 
 def test_a_folder_of_another_run_a_refused_one_and_a_diverging_one(tiny):
-    tiny(grpo="--method grpo")
+    diverging = "--method opd --divergence pearson_chi2 --teacher-steps 2 --lr"
+    tiny(opd=f"{diverging} 1e38")  # ends early, and is a result
+    assert len(plots.read_results(tiny.out / "results" / "tiny.csv")["opd"][0]) == 1
     with pytest.raises(SystemExit, match="holds another run"):
-        tiny(grpo="--method grpo --lr 1")
+        tiny(opd=f"{diverging} 1e37")
     (tiny.out / "tiny" / "rlsd").mkdir()
     (tiny.out / "tiny" / "rlsd" / "rlsd-add1-seed0").write_text("a file where the run's folder should be")
     with pytest.raises(SystemExit, match="reproduce.py: python train.py .*\n.*cannot make"):
         tiny(rlsd="--method rlsd")
-    tiny(opd="--method opd --divergence pearson_chi2 --teacher-steps 2 --lr 1e38")  # ends early, and is a result
-    assert len(plots.read_results(tiny.out / "results" / "tiny.csv")["opd"][0]) == 1
