@@ -270,7 +270,7 @@ def main() -> None:
                     write(results, run.experiment, plans[run.experiment])
         except (RuntimeError, BrokenProcessPool, KeyboardInterrupt) as error:
             pool.shutdown(cancel_futures=True)
-            sys.exit(f"reproduce.py: {error or type(error).__name__}\nThe same command continues.")
+            sys.exit(f"reproduce.py: {str(error) or type(error).__name__}\nThe same command continues.")
 
 
 def read(path: Path) -> list[dict[str, str]]:
