@@ -45,6 +45,66 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def student_t_p(t: float, df: int) -> float:
+    """Two-sided p-value of Student's t: the probability that |T| ≥ |t| at df = ν ≥ 1 degrees of freedom.
+
+    For whole ν the integral is a finite sum in θ = arctan(|t|/√ν) (Abramowitz and Stegun 26.7.3–4):
+
+        ν even  1 − p = sin θ (1 + ½ cos²θ + (1·3)/(2·4) cos⁴θ + …),             the last power being cos^{ν−2}θ
+        ν odd   1 − p = 2/π [θ + sin θ (cos θ + ⅔ cos³θ + (2·4)/(3·5) cos⁵θ + …)]    the same; for ν = 1, 2θ/π
+
+    Exact to about 1e-15, so what it says below that is 0.
+    """
+    theta = math.atan(abs(t) / math.sqrt(df))
+    odd, total = df % 2, 0.0
+    term = math.cos(theta) if odd else 1.0
+    for k in range(2 + odd, df + 1, 2):
+        total += term
+        term *= math.cos(theta) ** 2 * (k - 1) / k
+    inside = math.sin(theta) * total
+    return max(0.0, 1 - (2 / math.pi * (theta + inside) if odd else inside))
+
+
+def paired_p(differences: Sequence[float]) -> float:
+    """Two-sided p-value of the hypothesis that paired differences over seeds have mean 0, by Student's t.
+
+    Differences that are all equal have no spread, and t is undefined. If they are 0 the p-value is 1; otherwise it is
+    that of the sign test, 2^{1−n}, which needs no spread. One difference has none: NaN.
+    """
+    n, (mean, low, _) = len(differences), mean_interval(differences)
+    if n == 1:
+        return math.nan
+    if max(differences) - min(differences) <= 1e-12:
+        return 1.0 if abs(mean) <= 1e-12 else 2.0 ** (1 - n)
+    standard_error = (mean - low) / float(T_975[n - 2])
+    return student_t_p(mean / standard_error, n - 1)
+
+
+def equivalence_p(differences: Sequence[float], margin: float) -> float:
+    """p-value of the hypothesis that paired differences have a mean outside ± margin: small if they are as good as 0.
+
+    The larger of two one-sided tests (Schuirmann 1987). NaN for one difference.
+    """
+    one_sided = []
+    for sign in (-1, 1):
+        room = [margin + sign * d for d in differences]  # positive on average, if inside
+        p = paired_p(room) / 2
+        one_sided.append(p if sum(room) > 0 else 1 - p)
+    return max(one_sided)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979): the chance of any false one below α is then at most α.
+
+    The k-th smallest of m is multiplied by m − k + 1, and none falls below one before it.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
 def pass_at_k(correct: Tensor, k: int) -> float:
     """Mean over problems of 1 − C(n−c, k)/C(n, k): unbiased from n ≥ k samples, c of them right (arXiv 2107.03374).
 

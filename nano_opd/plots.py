@@ -1,6 +1,7 @@
 """The figures. Colours are from the Okabe–Ito palette, which colour-blind readers can tell apart."""
 
 import csv
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,15 +80,7 @@ def seed_curves(results: dict[str, list[list[dict]]], columns: dict[str, str], c
     figure = Figure(figsize=(4.2 * min(3, len(columns)), 3.2 * -(-len(columns) // 3)), layout="constrained")
     axes = figure.subplots(-(-len(columns) // 3), min(3, len(columns)), squeeze=False).flatten()
     for ax, (column, label) in zip(axes, columns.items()):
-        for (arm, seeds), color in zip(results.items(), COLORS):
-            measured = [[(row["step"], row[column]) for row in rows if row[column] is not None] for rows in seeds]
-            intervals = [mean_interval([value for _, value in at_step]) for at_step in zip(*measured)]
-            steps = [step for step, _ in measured[0]]
-            if not steps:
-                continue
-            mean, low, high = zip(*intervals)
-            ax.plot(steps, mean, color=color, label=arm)
-            ax.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+        _bands(ax, results, column)
         if cap is not None and column == "response_length":
             ax.axhline(cap, color="black", linestyle="--", linewidth=0.8)
         ax.set(xlabel="update", ylabel=label)
@@ -96,6 +89,62 @@ def seed_curves(results: dict[str, list[list[dict]]], columns: dict[str, str], c
         ax.set_axis_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2 * min(3, len(columns)))
     return figure
+
+
+def seed_panels(
+    panels: dict[str, dict[str, list[list[dict]]]], column: str | Sequence[str], ylabel: str | Sequence[str], x="step"
+) -> Figure:
+    """One panel per title, results as in `seed_curves`; one column (and label) for all of them or one for each.
+
+    An arm without seeds is not drawn, and keeps its colour for the other panels.
+
+    x  "step" or "rollouts", the horizontal axis
+    """
+    figure, axes = _axes(list(panels), ylabel, 3.0)
+    columns = [column] * len(panels) if isinstance(column, str) else column
+    for ax, results, name in zip(axes, panels.values(), columns):
+        _bands(ax, results, name, x)
+        ax.set(xlabel={"step": "update", "rollouts": "rollouts"}[x])
+        if name == "accuracy":
+            ax.set_ylim(-0.02, 1.02)
+    drawn = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels())}
+    labels = [arm for arm in dict.fromkeys(arm for results in panels.values() for arm in results) if arm in drawn]
+    ncols = 5 if sum(map(len, labels)) < 80 else 3
+    figure.legend([drawn[label] for label in labels], labels, loc="outside upper center", ncols=ncols)
+    return figure
+
+
+def _bands(ax, results: dict[str, list[list[dict]]], column: str, x: str = "step") -> None:
+    """Each arm's mean over its seeds and the 95 % interval of that mean, as far as all of its seeds got."""
+    for (arm, seeds), color in zip(results.items(), COLORS):
+        measured = [[(row[x], row[column]) for row in rows if row[column] is not None] for rows in seeds]
+        intervals = [mean_interval([value for _, value in at_step]) for at_step in zip(*measured)]
+        if not intervals:
+            continue
+        mean, low, high = zip(*intervals)
+        steps, color = [step for step, _ in measured[0]][: len(mean)], OWN_COLOR.get(arm, color)
+        ax.plot(steps, mean, color=color, label=arm)
+        ax.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def digest(figure: Figure) -> str:
+    """A fingerprint of what a figure shows: every line's and area's points to four digits, and every label and title.
+
+    It depends neither on fonts nor on the version of matplotlib, so it tells whether a picture is that of its numbers.
+    """
+    shown = []
+    for ax in figure.axes:
+        shown += [ax.get_title(), ax.get_xlabel(), ax.get_ylabel()]
+        points = [(line.get_label(), line.get_xydata()) for line in ax.get_lines()]
+        points += [("area", path.vertices) for area in ax.collections for path in area.get_paths()]
+        shown += [f"{label}: {' '.join(f'{v:.4g}' for v in np.ravel(xy))}" for label, xy in points]
+    shown += [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    return hashlib.sha256("\n".join(shown).encode()).hexdigest()
+
+
+def save(figure: Figure, path: Path | str) -> None:
+    """As PNG on white, legible on a dark page too, with its digest in the file."""
+    figure.savefig(path, dpi=130, facecolor="white", metadata={"Digest": digest(figure), "Software": None})
 
 
 def token_credit(rows: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:

@@ -1,22 +1,33 @@
-"""Every multi-seed result of the notebooks and the README, from one command.
+"""Every multi-seed result of the README and the notebooks, from one command.
 
     python notebooks/reproduce.py                 all experiments, two runs at a time, into notebooks/results/
     python notebooks/reproduce.py rlsd            one of them
-    python notebooks/reproduce.py rlsd --quick    a miniature of it, into out/quick/results/
+    python notebooks/reproduce.py --quick         a miniature of all, into out/quick/results/
 
 An experiment is a dict of arms (arguments of train.py) × seeds. Complete runs are skipped and others resumed, so the
-command can be stopped and given again. Each experiment ends in one CSV, the evaluated rows of all its runs.
+command can be stopped and given again. Each experiment ends in one CSV, the evaluated rows of all its runs, and one
+row of provenance.csv. What the numbers say is for claims.py.
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import json
+import multiprocessing
 import os
+import platform
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+
+import numpy
+import torch
 
 from nano_opd import config
 
@@ -30,26 +41,63 @@ class Experiment:
     common: str
     arms: dict[str, str]
     seeds: int
-    quick: str  # put last, so that it overrides what stands before
+    seconds: float  # of one run on one core, for the ETA before anything has been measured
 
 
-PRIVILEGED = "--steps 600 --batch-size 64 --student-steps 190 --lr 3e-4 --eval-every 25 --eval-size 250"
-TINY = "--steps 4 --eval-every 2 --batch-size 8 --student-steps 5 --eval-size 20 --digits 1"
+EVALUATION = "--eval-every 25 --eval-size 250"
+PRIVILEGED = f"--steps 600 --batch-size 64 --student-steps 190 --lr 3e-4 {EVALUATION}"
+UPDATE_COLUMNS = ("loss", "grad_norm", "clip_fraction", "reward", "zero_groups", "weight_clip_fraction")
+QUICK = "--steps 4 --eval-every 1 --batch-size 8 --teacher-steps 5 --student-steps 5 --eval-size 20 --digits 1"
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "pearson_chi2", "neyman_chi2", "hellinger", "tv", "k3")
+# One change each: to both GRPO and RLSD, or to what only RLSD reads, whose partner is the plain grpo of rlsd.
+BOTH = {"4 digits": "--digits 4", "mul": "--task mul", "sub": "--task sub", "mix": "--task mix"}
+RLSD_ONLY = {
+    "sync 50": "--teacher-sync 50",
+    "live teacher": "--teacher-sync 1",
+    "negative only": "--negative-only",
+    "reasoning only": "--reasoning-only",
+    "λ=1 decaying": "--lam 1 --lam-decay 200",
+}
+
+
+def arm(method: str, divergence: str, variance: str) -> dict[str, str]:
+    """The arm "method, divergence, variance"."""
+    return {f"{method}, {divergence}, {variance}": f"--method {method} --divergence {divergence} --variance {variance}"}
+
+
 EXPERIMENTS = {
     "opd": Experiment(
-        common="",
-        arms={"opdplus, jsd, baseline": "--method opdplus"}
-        | {
-            f"{method}, {divergence}, sampled": f"--method {method} --divergence {divergence} --variance sampled"
-            for divergence in ("reverse_kl", "forward_kl", "jsd")
-            for method in ("opd", "opdplus")
-        },
+        EVALUATION,
+        arm("opdplus", "jsd", "baseline")
+        | {k: v for d in DIVERGENCES for m in ("opd", "opdplus") for k, v in arm(m, d, "sampled").items()},
         seeds=5,
-        quick="--steps 4 --eval-every 2 --batch-size 8 --teacher-steps 5 --student-steps 5 --eval-size 20 --digits 1",
+        seconds=50,
+    ),
+    "variance": Experiment(  # sampled, and the baseline of jsd, are in opd; gkd is the full vocabulary of opdplus
+        EVALUATION,
+        arm("opdplus", "reverse_kl", "baseline")
+        | arm("opdplus", "forward_kl", "baseline")
+        | {k: v for d in DIVERGENCES[:3] for k, v in arm("opdplus", d, "full").items()}
+        | {k: v for d in ("forward_kl", "jsd") for k, v in arm("opd", d, "full").items()},
+        seeds=5,
+        seconds=50,
+    ),
+    "gamma": Experiment(  # γ = 0 is in opd
+        EVALUATION + " --variance sampled",
+        {f"opdplus, jsd, γ={gamma}": f"--method opdplus --gamma {gamma}" for gamma in ("0.5", "1")}
+        | {f"{m}, reverse_kl, γ=1": f"--method {m} --divergence reverse_kl --gamma 1" for m in ("opd", "opdplus")},
+        seeds=5,
+        seconds=50,
+    ),
+    "baselines": Experiment(  # with the rollouts of opd; GRPO has its slot prompt, and a start that solves something
+        EVALUATION,
+        {"sft": "--method sft", "grpo, 400 × 128": "--method grpo --student-steps 190 --lr 3e-4"},
+        seeds=5,
+        seconds=50,
     ),
     "rlsd": Experiment(
-        common=PRIVILEGED,
-        arms={
+        PRIVILEGED,
+        {
             "grpo": "--method grpo",
             "opsd": "--method opsd",
             "grpo+opsd": "--method grpo+opsd",
@@ -57,57 +105,127 @@ EXPERIMENTS = {
             "rlsd, shuffled": "--method rlsd --reference shuffled",
         },
         seeds=5,
-        quick=TINY,
+        seconds=75,
     ),
     "rlsd_clip": Experiment(
-        common=PRIVILEGED,
-        arms={f"λ=1, ε_w={eps}": f"--method rlsd --lam 1 --eps-w {eps}" for eps in ("0.2", "1", "10")},
+        PRIVILEGED,
+        {f"λ=1, ε_w={eps}": f"--method rlsd --lam 1 --eps-w {eps}" for eps in ("0.2", "1", "10")},
         seeds=3,
-        quick=TINY,
+        seconds=75,
     ),
     "rlsd_work": Experiment(
-        common=PRIVILEGED + " --reference work",
-        arms={"opsd, work": "--method opsd", "λ=1, ε_w=10, work": "--method rlsd --lam 1 --eps-w 10"},
+        PRIVILEGED + " --reference work",
+        {"opsd, work": "--method opsd", "λ=1, ε_w=10, work": "--method rlsd --lam 1 --eps-w 10"},
         seeds=3,
-        quick=TINY,
+        seconds=75,
+    ),
+    "rlsd_search": Experiment(
+        PRIVILEGED,
+        {f"{m}, {name}": f"--method {m} {flags}" for name, flags in BOTH.items() for m in ("grpo", "rlsd")}
+        | {f"rlsd, {name}": f"--method rlsd {flags}" for name, flags in RLSD_ONLY.items()},
+        seeds=3,
+        seconds=80,
     ),
 }
 
 
-def run(experiment: str, arm: str, seed: int, out: Path, quick: bool) -> list[dict[str, str]]:
-    """One run, unless it is complete already; the evaluated rows of its metrics.csv with arm and seed in front.
+@dataclass(frozen=True)
+class Run:
+    """One arm of an experiment with one seed: what train.py is given, and the configuration that it makes of it."""
 
-    Raises RuntimeError with what train.py said when it ends in anything but success or a number that is not finite,
-    which is a result like any other: its rows end early.
+    experiment: str
+    arm: str
+    seed: int
+    arguments: list[str]
+    cfg: config.Config
+
+    def complete(self) -> bool:
+        """Whether this very run has been made to its end. Raises SystemExit if its folder holds another."""
+        folder = self.cfg.run_dir
+        if (folder / "config.json").exists():
+            saved = json.loads((folder / "config.json").read_text())
+            if any(saved.get(name) != value for name, value in self.cfg.run_key().items()):
+                sys.exit(f"reproduce.py: {folder} holds another run: move it away, or give another --out-dir")
+        return (folder / "provenance.json").exists()
+
+    def rows(self) -> list[dict[str, str]]:
+        """The evaluated rows of metrics.csv with arm and seed in front.
+
+        What is measured at every update is its mean from one evaluation to the next.
+        """
+        kept = []
+        for row in read(self.cfg.run_dir / "metrics.csv"):
+            if row["accuracy"]:
+                kept.append(({"arm": self.arm, "seed": str(self.seed)} | row, []))
+            kept[-1][1].append(row)
+        for row, updates in kept:
+            for name in UPDATE_COLUMNS:
+                if values := [float(update[name]) for update in updates if update[name]]:
+                    row[name] = str(sum(values) / len(values))
+        return [row for row, _ in kept]
+
+
+def plan(experiment: str, out: Path, quick: bool) -> list[Run]:
+    """Every run of an experiment, its folder made; warm starts are cached in one folder for all arms."""
+    e, planned = EXPERIMENTS[experiment], []
+    (out / "warm_starts").mkdir(parents=True, exist_ok=True)
+    for seed in range(2 if quick else e.seeds):
+        for name, flags in e.arms.items():
+            folder = out / experiment / name.replace(", ", "-").replace(" ", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "warm_starts").exists():
+                (folder / "warm_starts").symlink_to((out / "warm_starts").resolve())
+            arguments = [*e.common.split(), *flags.split(), "--seed", str(seed), "--out-dir", str(folder), "--resume"]
+            arguments += QUICK.split() if quick else []  # put last, so that it overrides what stands before
+            planned.append(Run(experiment, name, seed, arguments, config.parse(arguments)))
+    return planned
+
+
+def execute(run: Run, commit: str) -> tuple[float, str]:
+    """train.py in a process that stays for the next run, and a note of how it was made; its seconds and last words.
+
+    Ending in a number that is not finite (exit code 1) is a result like any other: the rows end early.
+    Raises RuntimeError with what train.py said when it ends in anything else but success.
     """
-    e, folder = EXPERIMENTS[experiment], out / experiment / arm.replace(", ", "-").replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    (out / "warm_starts").mkdir(exist_ok=True)
-    if not (folder / "warm_starts").exists():
-        (folder / "warm_starts").symlink_to((out / "warm_starts").resolve())  # trained once for all arms
-    arguments = [*e.common.split(), *e.arms[arm].split(), "--seed", str(seed), "--out-dir", str(folder), "--resume"]
-    arguments += e.quick.split() if quick else []
-    cfg = config.parse(arguments)
-    if not complete(cfg):
-        command = [sys.executable, str(ROOT / "train.py"), *arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if process.returncode not in (0, 1):
-            raise RuntimeError(f"{' '.join(command)}\n{process.stderr}")
-        print(f"{experiment}: {arm}, seed {seed}", *process.stderr.splitlines()[-1:], flush=True)
-    with open(cfg.run_dir / "metrics.csv") as file:
-        return [{"arm": arm, "seed": str(seed)} | row for row in csv.DictReader(file) if row["accuracy"]]
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    import train
+
+    started, said = time.monotonic(), io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        try:
+            train.main(run.arguments)
+        except SystemExit as end:
+            if end.code != 1:
+                command = " ".join(["python train.py", *run.arguments])
+                raise RuntimeError(f"{command}\n{said.getvalue()}") from None
+    note = {
+        "commit": commit,
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "processor": processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+    (run.cfg.run_dir / "provenance.json").write_text(json.dumps(note, indent=2))
+    return time.monotonic() - started, " ".join(said.getvalue().splitlines()[-1:])
 
 
-def complete(cfg: config.Config) -> bool:
-    """Whether this very run has been made to its last update. Raises RuntimeError if another one is in its folder."""
-    if not (cfg.run_dir / "metrics.csv").exists():
-        return False
-    saved = json.loads((cfg.run_dir / "config.json").read_text())
-    if any(saved.get(name) != value for name, value in cfg.run_key().items()):
-        raise RuntimeError(f"{cfg.run_dir} holds another run: move it away, or give another --out-dir")
-    with open(cfg.run_dir / "metrics.csv") as file:
-        return [*csv.DictReader(file)][-1]["step"] == str(cfg.steps)
+def commit() -> str:
+    """The commit that is checked out, and whether the code that trains has been changed since."""
+    git = lambda *arguments: subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout
+    changed = git("status", "--porcelain", "--", "nano_opd", "train.py")
+    return (git("rev-parse", "--short", "HEAD").strip() or "unknown") + ("-dirty" if changed else "")
+
+
+def processor() -> str:
+    """Its name as Linux gives it; elsewhere, as Python does."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -123,28 +241,64 @@ def main() -> None:
     out = args.out_dir / ("quick" if args.quick else "reproduce")
     results = out / "results" if args.quick else ROOT / "notebooks" / "results"
     results.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for name in args.experiments or EXPERIMENTS:
-            seeds = 2 if args.quick else EXPERIMENTS[name].seeds
-            runs = [(name, arm, seed, out, args.quick) for seed in range(seeds) for arm in EXPERIMENTS[name].arms]
-            try:
-                rows = [row for part in pool.map(run, *zip(*runs)) for row in part]
-            except RuntimeError as error:
-                pool.shutdown(cancel_futures=True)
-                sys.exit(f"reproduce.py: {error}")
-            write(results / f"{name}.csv", rows)
-            print(f"{name}: {len(runs)} runs, {results / name}.csv", flush=True)
+
+    plans = {name: plan(name, out, args.quick) for name in args.experiments or EXPERIMENTS}
+    missing = [run for planned in plans.values() for run in planned if not run.complete()]
+    left = {name: sum(run.experiment == name for run in missing) for name in plans}
+    for name in [name for name in plans if not left[name]]:
+        write(results, name, plans[name])
+    expected = sum(EXPERIMENTS[run.experiment].seconds for run in missing)
+    print(f"{len(missing)} of {sum(map(len, plans.values()))} runs to make, {args.jobs} at a time", end="")
+    print("" if args.quick else f": about {expected / args.jobs / 60:.0f} minutes", flush=True)
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the processes; a second thread would take the other run's core
+    started, foreseen, spent, now = time.monotonic(), 0.0, 0.0, commit()
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(execute, run, now): run for run in missing}
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                run, (seconds, said) = futures[future], future.result()
+                foreseen, spent = foreseen + EXPERIMENTS[run.experiment].seconds, spent + seconds
+                eta = (expected - foreseen) * spent / foreseen / args.jobs  # as much slower as the runs were so far
+                print(
+                    f"{done}/{len(missing)}  {run.experiment}: {run.arm}, seed {run.seed}  {seconds:.0f} s  "
+                    f"elapsed {(time.monotonic() - started) / 60:.1f} min, ETA {eta / 60:.1f} min  {said}",
+                    flush=True,
+                )
+                left[run.experiment] -= 1
+                if not left[run.experiment]:
+                    write(results, run.experiment, plans[run.experiment])
+        except (RuntimeError, BrokenProcessPool, KeyboardInterrupt) as error:
+            pool.shutdown(cancel_futures=True)
+            sys.exit(f"reproduce.py: {str(error) or type(error).__name__}\nThe same command continues.")
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> None:
-    """The rows with their numbers to five digits, without the columns that are empty everywhere."""
+def read(path: Path) -> list[dict[str, str]]:
+    """A CSV as a list of rows."""
+    with open(path) as file:
+        return [*csv.DictReader(file)]
+
+
+def write(results: Path, experiment: str, planned: list[Run]) -> None:
+    """One CSV of all rows, numbers to five digits, no column that is empty everywhere; and where they were made."""
+    rows = [row for run in planned for row in run.rows()]
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
-    with open(path, "w", newline="") as file:
+    with open(results / f"{experiment}.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in sorted(rows, key=lambda row: (row["arm"], int(row["seed"]), int(row["step"]))):
             numbers = [f"{float(row[name]):.5g}" if "." in row[name] else row[name] for name in columns[2:]]
             writer.writerow([row["arm"], row["seed"], *numbers])
+
+    notes = [json.loads((run.cfg.run_dir / "provenance.json").read_text()) for run in planned]
+    note = {"experiment": experiment} | {k: "; ".join(sorted({n[k] for n in notes})) for k in notes[0]}
+    path = results / "provenance.csv"
+    others = [row for row in read(path) if row["experiment"] != experiment] if path.exists() else []
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, note, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted([*others, note], key=lambda row: [*EXPERIMENTS].index(row["experiment"])))
+    print(f"{experiment}: {len(planned)} runs, {results / experiment}.csv", flush=True)
 
 
 if __name__ == "__main__":

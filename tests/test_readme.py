@@ -1,11 +1,18 @@
 """What the README says of options, columns, files, tests and commands is so."""
 
 import dataclasses
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from nano_opd import config, evaluate, plots, runs
+import pytest
+import reproduce
+
+from nano_opd import config, runs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,23 +54,53 @@ def test_every_command_parses():
             assert isinstance(config.parse(shlex.split(command)), config.Config)
 
 
-def test_the_numbers_are_those_of_the_csv():
-    """Each row of the table of results, and the paired difference, recomputed from notebooks/results/opd.csv."""
-    results = plots.read_results(ROOT / "notebooks" / "results" / "opd.csv")
-    rows = [row for row in table("What you should see") if len(row) == 7]
-    assert {re.sub(r"`| \(the default\)", "", row[0]) for row in rows} == set(results)
-    for arm, accuracy, seeds, kl, length, norm, _ in rows:
-        runs_of_arm = results[re.sub(r"`| \(the default\)", "", arm)]
-        ends = [run[-1] for run in runs_of_arm]
-        values = [end["accuracy"] for end in ends]
-        assert len(runs_of_arm) == 5
-        assert accuracy == "{:.3f} [{:.3f}, {:.3f}]".format(*evaluate.mean_interval(values))
-        assert seeds == f"{min(values):.3f} … {max(values):.3f}"
-        assert kl == f"{sum(end['kl'] for end in ends) / 5:.3f}"
-        assert length == f"{sum(end['response_length'] for end in ends) / 5:.1f}"
-        norms = [row["grad_norm"] for run in runs_of_arm for row in run[:-1]]
-        assert norm == f"{sum(norms) / len(norms):.1f}"
-    last = lambda arm: [run[-1]["accuracy"] for run in results[arm]]
-    pairs = zip(last("opdplus, reverse_kl, sampled"), last("opd, reverse_kl, sampled"))
-    difference = "{:.3f} [{:.3f}, {:.3f}]".format(*evaluate.mean_interval([a - b for a, b in pairs]))
-    assert difference.replace("-", "−") in README
+def test_every_experiment_named_exists():
+    for script, names in re.findall(r"python notebooks/(\w+)\.py([\w ]*)", README):
+        assert (ROOT / "notebooks" / f"{script}.py").exists()
+        assert set(names.split()) <= set(reproduce.EXPERIMENTS)
+
+
+@pytest.fixture
+def extended(tmp_path):
+    """A copy of the package with the README's new divergence and new task in the places it names."""
+    divergence, task = re.findall(r"```python\n(.*?)```", README.split("\n## Add a divergence, add a task\n")[1], re.S)[
+        :2
+    ]
+    shutil.copytree(ROOT / "nano_opd", tmp_path / "nano_opd")
+    for name, table_end, block in (
+        ("divergences", "\n    ]\n}\n", divergence),
+        ("arithmetic", '"mul": Mul()}\n', task),
+    ):
+        text = (path := tmp_path / "nano_opd" / f"{name}.py").read_text()
+        assert text.count(table_end) == 1
+        path.write_text(text.replace(table_end, f"{table_end}\n\n{block}\n\n"))
+    return tmp_path
+
+
+def test_the_new_divergence_and_the_new_task_do_what_the_readme_says(extended):
+    """In a process of its own, since they join the tables before the command line is made from them."""
+    check = """
+import sys, torch, train
+from nano_opd import arithmetic, config, divergences
+x = torch.linspace(-6, 6, 99, dtype=torch.float64, requires_grad=True)
+d = divergences.get("jeffreys")
+assert d.f(torch.zeros(1)) == 0 and (d.f(x) >= 0).all()
+torch.testing.assert_close(d.f(x), (x.exp() - 1) * x)
+slope = torch.autograd.grad(d.f(x).sum(), x)[0]
+torch.testing.assert_close(d.f_prime(x), slope / x.exp())
+torch.testing.assert_close(d.unbiased(x), slope - d.f(x))  # u f′ = df/dx
+for a, b in ((457, 68), (999, 999), (0, 7)):
+    p = arithmetic.Problem("double", 3, a, b)
+    assert arithmetic.verify(p, arithmetic.solution(p)) and not arithmetic.verify(p, f"#{2 * a + b + 1}")
+    assert arithmetic.solution(p).endswith(f"#{2 * a + b:04d}")
+    assert len(arithmetic.solution(p)) + 1 == arithmetic.solution_length(3)
+small = "--steps 1 --batch-size 8 --teacher-steps 1 --student-steps 1 --eval-size 4 --digits 1 --task double --out-dir"
+for method in ("opd", "opdplus"):
+    train.main([*small.split(), sys.argv[1], "--method", method, "--divergence", "jeffreys"])
+"""
+    shutil.copy(ROOT / "train.py", extended)
+    environment = os.environ | {"PYTHONPATH": str(extended), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", check, str(extended / "out")]
+    done = subprocess.run(command, cwd=extended, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len([*(extended / "out").glob("*jeffreys*double1*/metrics.csv")]) == 2

@@ -1,22 +1,19 @@
 """The driver of the multi-seed results: every arm's command parses, and what is complete is not run again."""
 
-import importlib.util
+import csv
 import sys
-from pathlib import Path
 
 import pytest
+import reproduce
 
 from nano_opd import config, plots
-
-PATH = Path(__file__).parents[1] / "notebooks" / "reproduce.py"
-spec = importlib.util.spec_from_file_location("reproduce", PATH)
-sys.modules["reproduce"] = reproduce = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reproduce)
 
 TINY = "--digits 1 --heads 2 --student-layers 1 --student-width 8 --student-steps 2 --batch-size 8 --eval-size 4"
 
 
 def test_every_arm_is_a_command_line_of_its_own():
+    names = [arm for experiment in reproduce.EXPERIMENTS.values() for arm in experiment.arms]
+    assert len(set(names)) == len(names)  # a claim names arms of several experiments
     for name, experiment in reproduce.EXPERIMENTS.items():
         arms = [config.parse(f"{experiment.common} {arm}".split()) for arm in experiment.arms.values()]
         assert len({str(arm.run_key()) for arm in arms}) == len(arms), name
@@ -25,35 +22,61 @@ def test_every_arm_is_a_command_line_of_its_own():
         assert len(set(folders)) == len(folders)
 
 
+def test_all_of_it_fits_into_two_hours_on_two_cores():
+    assert sum(e.seconds * e.seeds * len(e.arms) for e in reproduce.EXPERIMENTS.values()) < 2 * 2 * 3600
+
+
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    arms = {"grpo": "--method grpo", "rlsd, λ=0.9": "--method rlsd --lam 0.9"}
-    experiment = reproduce.Experiment(f"{TINY} --steps 4 --eval-every 2", arms, 2, quick="")
-    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--quick", "--out-dir", str(tmp_path)])
-    return tmp_path / "quick"
+    def start(common=f"{TINY} --steps 4 --eval-every 2", **arms):
+        experiment = reproduce.Experiment(common, arms, 2, 1)
+        monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
+        reproduce.main()
+
+    monkeypatch.setattr(reproduce, "QUICK", "")
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--quick", "--jobs", "1", "--out-dir", str(tmp_path)])
+    start.out = tmp_path / "quick"
+    return start
 
 
-def test_all_arms_and_seeds_end_in_one_file_and_are_not_run_twice(tiny, monkeypatch):
-    reproduce.main()
-    path = tiny / "results" / "tiny.csv"
+ARMS = {"grpo": "--method grpo", "rlsd, λ=0.9": "--method rlsd --lam 0.9"}
+
+
+def test_all_arms_and_seeds_end_in_one_file_and_are_not_run_twice(tiny, monkeypatch, capsys):
+    tiny(**ARMS)
+    path = tiny.out / "results" / "tiny.csv"
     results, text = plots.read_results(path), path.read_bytes()
     assert list(results) == ["grpo", "rlsd, λ=0.9"]
     for seeds in results.values():
         assert [[row["step"] for row in rows] for rows in seeds] == [[0, 2, 4]] * 2
         assert seeds[0] != seeds[1]
     assert results["grpo"][0][0]["kl"] == results["rlsd, λ=0.9"][0][0]["kl"]  # the same warm start, trained once
-    assert len([*(tiny / "warm_starts").glob("*.pt")]) == 2
+    assert len([*(tiny.out / "warm_starts").glob("*.pt")]) == 2
+    said = capsys.readouterr().out
+    assert "4 of 4 runs to make" in said and all(f"\n{n}/4  tiny: " in said and "ETA" in said for n in range(1, 5))
+
+    (folder,) = (tiny.out / "tiny" / "grpo").glob("*seed0")
+    with open(folder / "metrics.csv") as file:
+        norms = [float(row["grad_norm"]) for row in csv.DictReader(file) if row["grad_norm"]]
+    want = [sum(norms[:2]) / 2, sum(norms[2:]) / 2]  # of the updates between two evaluations
+    assert [row["grad_norm"] for row in results["grpo"][0][:2]] == pytest.approx(want, rel=1e-4)
+    with open(tiny.out / "results" / "provenance.csv") as file:
+        (note,) = csv.DictReader(file)
+    assert note["experiment"] == "tiny" and note["threads"] == "1" and all(note.values())
+
     path.unlink()
-    monkeypatch.setattr(reproduce.subprocess, "run", None)
-    reproduce.main()
+    monkeypatch.setattr(reproduce, "execute", None)
+    tiny(**ARMS)
     assert path.read_bytes() == text
 
 
-def test_a_folder_of_another_run_and_a_failing_command_are_reported(tiny, monkeypatch):
-    reproduce.main()
-    arms = {"grpo": "--method grpo --lr 1"}
-    experiment = reproduce.Experiment(f"{TINY} --steps 4 --eval-every 2", arms, 1, quick="")
-    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"tiny": experiment})
+def test_a_folder_of_another_run_a_refused_one_and_a_diverging_one(tiny):
+    diverging = "--method opd --divergence pearson_chi2 --teacher-steps 2 --lr"
+    tiny(opd=f"{diverging} 1e38")  # ends early, and is a result
+    assert len(plots.read_results(tiny.out / "results" / "tiny.csv")["opd"][0]) == 1
     with pytest.raises(SystemExit, match="holds another run"):
-        reproduce.main()
+        tiny(opd=f"{diverging} 1e37")
+    (tiny.out / "tiny" / "rlsd").mkdir()
+    (tiny.out / "tiny" / "rlsd" / "rlsd-add1-seed0").write_text("a file where the run's folder should be")
+    with pytest.raises(SystemExit, match="reproduce.py: python train.py .*\n.*cannot make"):
+        tiny(rlsd="--method rlsd")

@@ -1,0 +1,338 @@
+"""What the papers claim, and what the runs of reproduce.py say of it: the README's tables and its figures.
+
+    python notebooks/claims.py                      notebooks/results/ → README.md, and the figures beside the CSVs
+    python notebooks/claims.py out/quick/results    another folder of results: its figures, and the tables printed
+
+A claim is a difference between two numbers of the same seed: the mean over seeds with its 95 % interval by Student's t,
+and a p-value corrected by Holm's method for the number of claims in its table. It is "seen" when p < 0.05 and the sign
+is the claimed one. A claim of equality is seen when the difference is shown to lie within MARGIN (two one-sided tests).
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import reproduce
+from matplotlib.figure import Figure
+
+from nano_opd import plots
+from nano_opd.evaluate import equivalence_p, holm, mean_interval, paired_p
+
+ROOT = Path(__file__).resolve().parents[1]
+Results = dict[str, list[list[dict]]]  # arm → one list of rows per seed
+
+MARGIN = {"accuracy": 0.05, "grad_norm": math.log(1.5)}
+DIGITS = {"response_length": 1}
+
+
+def mean_of(rows: list[dict], column: str, keep: Callable[[float], bool] = lambda part: True) -> float:
+    """Mean of a column over the rows whose part of the run, 0 to 1, is to be kept; NaN where nothing was measured."""
+    last = rows[-1]["step"] or 1
+    values = [row[column] for row in rows if keep(row["step"] / last) and row[column] is not None]
+    return sum(values) / len(values) if values else math.nan
+
+
+MOMENTS = {
+    "start": lambda rows, column: rows[0][column],
+    "early": lambda rows, column: mean_of(rows, column, lambda part: 0 < part <= 0.25),  # the first quarter of the run
+    "late": lambda rows, column: mean_of(rows, column, lambda part: part > 0.75),  # the last one
+    "end": lambda rows, column: rows[-1][column],
+    "training": mean_of,
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """first − second has the sign `expected` (+1 or −1), or is 0 within the margin.
+
+    first, second  "arm @ moment", or "arm", its end; the second may be another "@ moment" of the first, or a number
+    published      what the paper or its replication reports
+    column         of the CSVs; gradient norms are means over training and compared by their ratio
+    """
+
+    text: str
+    first: str
+    second: str | float
+    expected: int
+    published: str = ""
+    column: str = "accuracy"
+
+    def arms(self) -> list[str]:
+        """The arms that are compared."""
+        sides = [self.first, self.second] if isinstance(self.second, str) else [self.first]
+        return [arm for side in sides if (arm := side.split("@")[0].strip())]
+
+    def differences(self, results: Results) -> list[float]:
+        """One per seed that both arms have; of log gradient norms. Empty where an arm has not been run."""
+        if any(arm not in results for arm in self.arms()):
+            return []
+        return [a - b for a, b in zip(self._values(self.first, results), self._values(self.second, results))]
+
+    def _values(self, side: str | float, results: Results) -> list[float]:
+        if not isinstance(side, str):
+            return [side] * len(results[self.arms()[0]])
+        arm, _, moment = map(str.strip, side.partition("@"))
+        moment = moment or ("training" if self.column == "grad_norm" else "end")
+        values = [MOMENTS[moment](rows, self.column) for rows in results[arm or self.arms()[0]]]
+        return [math.log(v) for v in values] if self.column == "grad_norm" else values
+
+    def p(self, differences: list[float]) -> float:
+        """The p-value before correction."""
+        return paired_p(differences) if self.expected else equivalence_p(differences, MARGIN[self.column])
+
+    def verdict(self, differences: list[float], p: float) -> str:
+        """In words, from the corrected p-value."""
+        mean, low, high = mean_interval(differences)
+        if self.expected:
+            return "not seen here" if not p < 0.05 else "seen" if mean * self.expected > 0 else "the opposite is seen"
+        return "seen" if p < 0.05 else "no difference seen" if low <= 0 <= high else "the opposite is seen"
+
+    def size(self, differences: list[float]) -> str:
+        """Mean and interval; of log ratios, as ratios."""
+        if self.column != "grad_norm":
+            return interval(differences, DIGITS.get(self.column, 3))
+        return "× {:.3g} [{:.3g}, {:.3g}]".format(*map(math.exp, mean_interval(differences)))
+
+    def experiments(self) -> list[str]:
+        """The experiments that make its arms."""
+        return [name for name, e in reproduce.EXPERIMENTS.items() if any(arm in e.arms for arm in self.arms())]
+
+
+def pair(divergence: str, variance: str = "sampled") -> tuple[str, str]:
+    """The arms of OPD and OPD+."""
+    return f"opd, {divergence}, {variance}", f"opdplus, {divergence}, {variance}"
+
+
+REVERSE, FORWARD, JSD = map(pair, ("reverse_kl", "forward_kl", "jsd"))
+SPARSE = "grpo, 400 × 128"
+CLAIMS = {
+    # published: a public replication, Qwen3-4B into Qwen3-0.6B on GSM8K, one seed
+    "opdplus": [
+        Claim("reverse KL: the correction changes nothing", *REVERSE[::-1], 0, "0.473 − 0.494"),
+        Claim("forward KL: OPD collapses below its start", FORWARD[0], "@ start", -1, "0.039 − 0.331"),
+        Claim("forward KL: OPD+ rescues it (OPD+ − OPD)", *FORWARD[::-1], +1, "0.450 − 0.039"),
+        Claim("JSD: OPD collapses below its start", JSD[0], "@ start", -1, "0.134 − 0.331"),
+        Claim("JSD: OPD+ rescues it (OPD+ − OPD)", *JSD[::-1], +1, "0.460 − 0.134"),
+        Claim("OPD+ with forward KL beats OPD with reverse KL", FORWARD[1], REVERSE[0], +1, "0.450 − 0.494"),
+        Claim("OPD+ with JSD beats OPD with reverse KL", JSD[1], REVERSE[0], +1, "0.460 − 0.494"),
+        Claim("OPD+ with JSD beats GRPO (twice the rollouts there)", JSD[1], SPARSE, +1, "0.460 − 0.404"),
+        Claim("gradient norm OPD : OPD+, reverse KL: the same", *REVERSE, 0, "15.4 : 18.0 = 0.86", "grad_norm"),
+        Claim("gradient norm OPD : OPD+, forward KL: larger", *FORWARD, +1, "1942 : 13.8 = 141", "grad_norm"),
+        Claim("gradient norm OPD : OPD+, JSD: larger", *JSD, +1, "92.7 : 1.25 = 74", "grad_norm"),
+        Claim("OPD, forward KL: KL to the teacher rises", FORWARD[0], "@ start", +1, "0.90 → 1.35 … 1.55", "kl"),
+        Claim("OPD, JSD: KL to the teacher rises", JSD[0], "@ start", +1, "0.90 → 1.35 … 1.55", "kl"),
+        Claim("OPD+, forward KL: KL to the teacher falls", FORWARD[1], "@ start", -1, "0.90 → 0.50", "kl"),
+        Claim("OPD+, JSD: KL to the teacher falls", JSD[1], "@ start", -1, "0.90 → 0.50", "kl"),
+        Claim("OPD, forward KL: over half runs to the cap (truncated − ½)", FORWARD[0], 0.5, +1, "yes", "truncated"),
+        Claim("OPD, JSD: responses shrink (tokens)", JSD[0], "@ start", -1, "by half", "response_length"),
+    ],
+    # published: averages over five benchmarks, in points
+    "rlsd": [
+        Claim("OPSD rises early (first quarter − start)", "opsd @ early", "@ start", +1, "yes"),
+        Claim("OPSD then degrades (last − first quarter)", "opsd @ late", "@ early", -1, "yes"),
+        Claim("OPSD ends below GRPO", "opsd", "grpo", -1, "52.49 − 53.86"),
+        Claim("GRPO + OPSD ends below GRPO", "grpo+opsd", "grpo", -1, "52.91 − 53.86"),
+        Claim("RLSD ends above GRPO", "rlsd", "grpo", +1, "56.18 − 53.86"),
+        Claim("RLSD ends above OPSD", "rlsd", "opsd", +1, "56.18 − 52.49"),
+        Claim("RLSD needs the right reference (RLSD − shuffled)", "rlsd", "rlsd, shuffled", +1),
+        Claim("OPSD leaks (citing answers − 0.2)", "opsd", 0.2, +1, "yes", "leak_rate"),
+        Claim("OPSD leaks more than GRPO", "opsd", "grpo", +1, "yes", "leak_rate"),
+        Claim("GRPO does not leak (citing answers − 0.01)", "grpo", 0.01, -1, "yes", "leak_rate"),
+        Claim("RLSD does not leak (citing answers − 0.01)", "rlsd", 0.01, -1, "yes", "leak_rate"),
+        Claim("a wide clip leaks (ε_w = 10 − 0.2, λ = 1)", "λ=1, ε_w=10", "λ=1, ε_w=0.2", +1, "", "leak_rate"),
+        Claim("x determines r: OPSD does not leak (− 0.01)", "opsd, work", 0.01, -1, "I(Y; R | X) = 0", "leak_rate"),
+        Claim("x determines r: OPSD ends higher for it", "opsd, work", "opsd", +1),
+        Claim("RLSD's entropy ends below GRPO's (2606.04036)", "rlsd", "grpo", -1, "collapses late", "entropy"),
+    ],
+    # derived in this project, or asked by it
+    "beyond": [
+        *(Claim(f"{name}: OPD+ ends above OPD", *pair(name)[::-1], +1) for name in reproduce.DIVERGENCES[3:]),
+        *(
+            Claim(f"{name}, full vocabulary, no action noise: OPD+ ends above OPD", *pair(name, "full")[::-1], +1)
+            for name in ("forward_kl", "jsd")
+        ),
+        *(
+            Claim(f"{name}: the exact baseline lowers the gradient norm", exact, sampled, -1, "", "grad_norm")
+            for name in reproduce.DIVERGENCES[:3]
+            for exact, sampled in [(pair(name, "baseline")[1], pair(name)[1])]
+        ),
+        Claim("γ = 1, reverse KL: the correction changes nothing", *pair("reverse_kl", "γ=1")[::-1], 0),
+        Claim("γ = ½ costs accuracy against γ = 0", "opdplus, jsd, γ=0.5", JSD[1], -1),
+        Claim("γ = 1 costs accuracy against γ = 0", "opdplus, jsd, γ=1", JSD[1], -1),
+    ],
+    # settings in which token-level credit might matter: RLSD − GRPO, all else the same
+    "search": [
+        *(Claim(name, f"rlsd, {name}", f"grpo, {name}", +1) for name in reproduce.BOTH),
+        *(Claim(name, f"rlsd, {name}", "grpo", +1) for name in reproduce.RLSD_ONLY),
+        *(Claim(name, name, "grpo", +1) for name in reproduce.EXPERIMENTS["rlsd_clip"].arms),
+        Claim("λ=1, ε_w=10, worked reference", "λ=1, ε_w=10, work", "grpo", +1),
+    ],
+}
+DENSE = {
+    "OPD+, JSD, sampled token": JSD[1],
+    "OPD+, JSD, exact baseline": "opdplus, jsd, baseline",
+    "OPD+, JSD, full vocabulary": "opdplus, jsd, full",
+    "OPD, reverse KL, sampled token": REVERSE[0],
+    "supervised, worked solutions": "sft",
+    "GRPO, one reward per response": SPARSE,
+}
+
+
+def load(folder: Path) -> Results:
+    """All arms of all the experiments that have been run."""
+    paths = [folder / f"{name}.csv" for name in reproduce.EXPERIMENTS]
+    return {arm: seeds for path in paths if path.exists() for arm, seeds in plots.read_results(path).items()}
+
+
+def number(value: float, digits: int = 3) -> str:
+    """With a minus sign, and no minus zero."""
+    return f"{value:.{digits}f}".replace("-", "−") if round(value, digits) else f"{0:.{digits}f}"
+
+
+def interval(values: list[float], digits: int = 3) -> str:
+    """mean [low, high]."""
+    return "{} [{}, {}]".format(*(number(v, digits) for v in mean_interval(values)))
+
+
+def table(head: str, rows: list[list[str]]) -> str:
+    """In Markdown."""
+    columns = head.split(" | ")
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in [columns, ["---"] * len(columns), *rows]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def claims_table(claims: list[Claim], results: Results) -> str:
+    """One row per claim, its p-value corrected for the number of rows that have a result."""
+    differences = [claim.differences(results) for claim in claims]
+    tested = [i for i, d in enumerate(differences) if len(d) > 1 and all(map(math.isfinite, d))]
+    p_values = dict(zip(tested, holm([claims[i].p(differences[i]) for i in tested])))
+    rows = []
+    for i, (claim, d) in enumerate(zip(claims, differences)):
+        found = ["", "", str(len(d)), "not run"]
+        if i in p_values:
+            p = "<0.001" if p_values[i] < 0.001 else f"{p_values[i]:.3f}"
+            found = [claim.size(d), p, str(len(d)), f"**{claim.verdict(d, p_values[i])}**"]
+        rows.append([claim.text, claim.published, *found, " ".join(f"`{name}`" for name in claim.experiments())])
+    return table("claim | published | here [95 %] | p | seeds | verdict | experiment", rows)
+
+
+def rollouts_to(rows: list[dict], level: float) -> float:
+    """Rollouts until the held-out accuracy first reaches a level, on straight lines between evaluations; else ∞."""
+    for before, row in zip([rows[0], *rows], rows):
+        if row["accuracy"] >= level:
+            rise = row["accuracy"] - before["accuracy"]
+            part = (level - before["accuracy"]) / rise if rise else 0
+            return before["rollouts"] + part * (row["rollouts"] - before["rollouts"])
+    return math.inf
+
+
+def dense_table(results: Results) -> str:
+    """How many rollouts each signal needs; median, and the range over seeds."""
+    rows = []
+    for name, arm in DENSE.items():
+        if arm not in results:
+            rows.append([name, "", "", "", "not run"])
+            continue
+        cells = [number(statistics.mean(seed[0]["accuracy"] for seed in results[arm]))]
+        for level in (0.5, 0.8):
+            needed = [rollouts_to(seed, level) for seed in results[arm]]
+            three = min(needed), statistics.median(needed), max(needed)
+            low, middle, high = (f"{n:,.0f}" if n < math.inf else "not reached" for n in three)
+            cells.append(f"{middle} ({low} … {high})")
+        rows.append([name, *cells, interval([seed[-1]["accuracy"] for seed in results[arm]])])
+    return table("signal | start | rollouts to 0.5 | rollouts to 0.8 | accuracy at the end [95 %]", rows)
+
+
+def arms_table(results: Results) -> str:
+    """Every arm at its end; gradient norms are means over training."""
+    rows = []
+    for name, experiment in reproduce.EXPERIMENTS.items():
+        for arm in filter(results.get, experiment.arms):
+            accuracy, kl, length, cites = (
+                [seed[-1].get(column) for seed in results[arm]]
+                for column in ("accuracy", "kl", "response_length", "leak_rate")
+            )
+            norm = statistics.mean(mean_of(seed, "grad_norm") for seed in results[arm])
+            cells = [interval(accuracy), f"{min(accuracy):.3f} … {max(accuracy):.3f}"]
+            cells += [number(statistics.mean(kl)), number(statistics.mean(length), 1), f"{norm:.3g}"]
+            cells += ["" if None in cites else number(statistics.mean(cites))]
+            rows.append([f"`{name}`", arm, str(len(accuracy)), *cells])
+    head = "experiment | arm | seeds | accuracy [95 %] | worst … best | KL to teacher | length | gradient norm | cite"
+    return table(head, rows)
+
+
+def provenance_table(folder: Path) -> str:
+    """How each experiment was made."""
+    path = folder / "provenance.csv"
+    notes = [list(note.values()) for note in (reproduce.read(path) if path.exists() else [])]
+    head = "experiment | commit | date | python | torch | numpy | processor | threads"
+    return table(head, [[f"`{name}`", *rest] for name, *rest in notes])
+
+
+def blocks(folder: Path) -> dict[str, str]:
+    """What stands between <!-- name --> and <!-- /name --> in the README."""
+    results = load(folder)
+    tables = {f"claims {name}": claims_table(claims, results) for name, claims in CLAIMS.items()}
+    others = {"dense": dense_table(results), "arms": arms_table(results), "provenance": provenance_table(folder)}
+    return tables | others
+
+
+def figures(folder: Path) -> dict[str, Figure]:
+    """The README's figures, by the names of their files."""
+    results = load(folder)
+    there = lambda arms: {label: results[arm] for label, arm in arms.items() if arm in results}
+    pairs = {"reverse KL": REVERSE, "forward KL": FORWARD, "Jensen–Shannon": JSD}
+    panels = {name: there(dict(zip(("OPD", "OPD+"), arms))) for name, arms in pairs.items()}
+    arms = there({arm: arm for arm in reproduce.EXPERIMENTS["rlsd"].arms})
+    some = lambda *names: {arm: seeds if arm in names else [] for arm, seeds in arms.items()}
+    close = {arm: minus(seeds, arms["grpo"]) for arm, seeds in some("grpo+opsd", "rlsd", "rlsd, shuffled").items()}
+    return {
+        "collapse.png": plots.seed_panels(panels, "accuracy", "held-out accuracy"),
+        "dense.png": plots.seed_panels({"": there(DENSE)}, "accuracy", "held-out accuracy", "rollouts"),
+        "rlsd.png": plots.seed_panels(
+            {"held-out accuracy": some("grpo", "opsd"), "the same minus GRPO's": close, "answers that cite": arms},
+            ["accuracy", "difference", "leak_rate"],
+            ["fraction", "", ""],
+        ),
+    }
+
+
+def minus(seeds: list[list[dict]], others: list[list[dict]]) -> list[list[dict]]:
+    """Accuracy minus that of another arm, seed by seed and step by step."""
+    return [
+        [{"step": row["step"], "difference": row["accuracy"] - other["accuracy"]} for row, other in zip(*pair)]
+        for pair in zip(seeds, others)
+    ]
+
+
+def fill(text: str, filled: dict[str, str]) -> str:
+    """The text with its blocks replaced. Raises ValueError for a block that it does not have exactly once."""
+    for name, block in filled.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"README.md must have {begin} … {end} exactly once")
+        text = text[: text.index(begin) + len(begin)] + f"\n{block}\n" + text[text.index(end) :]
+    return text
+
+
+def main() -> None:
+    """Write the README's tables and the figures, or print those of another folder."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="of CSVs (default: notebooks/results, into README.md)")
+    folder = parser.parse_args().folder
+    results = folder or ROOT / "notebooks" / "results"
+    for name, figure in figures(results).items():
+        plots.save(figure, results / name)
+    filled = blocks(results)
+    if folder:
+        print(*(f"## {name}\n\n{block}\n" for name, block in filled.items()), sep="\n")
+    else:
+        readme = ROOT / "README.md"
+        readme.write_text(fill(readme.read_text(), filled))
+
+
+if __name__ == "__main__":
+    main()
