@@ -38,12 +38,13 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal softmax(q kᵀ / √D) v; q (B, H, T, D), k and v (B, H, S, D), S = T or T = 1. Returns (B, H, T, D)."""
-    if q.shape[2] > 1:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D + mask) v, (B, H, T, D): q (B, H, T, D), k and v (B, H, S, D), mask (T, S) 0 or −∞, causal."""
+    B, H, T, D = q.shape
+    if T > 64:  # long enough for flash attention, which never builds the (T, S) scores, to be the quicker one
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # one query: the fused kernel's set-up costs twice what two batched products do on a CPU
-    return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1) @ v
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    return (torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D**-0.5).softmax(-1) @ v).view(B, H, T, D)
 
 
 class Block(nn.Module):
@@ -57,16 +58,17 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(C, 4 * C, bias=False)
         self.mlp_out = nn.Linear(4 * C, C, bias=False)
 
-    def forward(self, x: Tensor, cache: Tensor | None, start: int) -> Tensor:
-        B, T, C = x.shape
-        qk, v = self.qkv(norm(x)).split([2 * C, C], dim=2)
-        q, k = norm(qk.view(B, T, 2, C)).unbind(2)
-        q, k, v = (h.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for h in (q, k, v))  # (B, H, T, D)
+    def forward(self, x: Tensor, mask: Tensor, B: int, cache: Tensor | None, start: int) -> Tensor:
+        N, C = x.shape  # N = B·T tokens, row by row: a product of two matrices is quicker than one of three axes
+        qk, v = self.qkv(norm(x)).split([2 * C, C], dim=1)
+        q, k = norm(qk.view(N, 2, C)).unbind(1)
+        q, k, v = (h.view(B, N // B, self.n_head, -1).transpose(1, 2) for h in (q, k, v))  # (B, H, T, D)
         if cache is not None:
-            cache[0, :, :, start : start + T] = k
-            cache[1, :, :, start : start + T] = v
-            k, v = cache[:, :, :, : start + T]
-        x = x + self.attention_out(attend(q, k, v).transpose(1, 2).reshape(B, T, C))
+            cache[0, :, :, start : start + N // B] = k
+            cache[1, :, :, start : start + N // B] = v
+            k, v = cache[:, :, :, : mask.shape[1]]
+        y = attend(q, k, v, mask)
+        x = x + self.attention_out(y.transpose(1, 2).reshape(N, C))
         return x + self.mlp_out(F.gelu(self.mlp_in(norm(x))))
 
 
@@ -78,6 +80,8 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output matrix
         self.position = nn.Embedding(config.block_size, config.n_embd)
+        past = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()
+        self.register_buffer("mask", torch.zeros(past.shape).masked_fill(~past, -torch.inf), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         for name, parameter in self.named_parameters():  # each block starts as the identity
             std = 0.0 if name.endswith("out.weight") else (2 if "blocks" in name else 1) * config.n_embd**-0.5
@@ -92,7 +96,7 @@ class GPT(nn.Module):
         """An empty static cache: (layers, 2, B, H, T, D)."""
         c = self.config
         shape = (c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head)
-        return self.embedding.weight.new_empty(shape)
+        return self.embedding.weight.new_zeros(shape)
 
     def forward(self, tokens: Tensor, cache: Tensor | None = None, start: int = 0, logits_from: int = 0) -> Tensor:
         """Logits of positions `logits_from` … T−1, (B, T − logits_from, V).
@@ -107,7 +111,10 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit in block_size {self.config.block_size}")
         if start > 0 and (T > 1 or cache is None):
             raise ValueError(f"at start {start} pass one token and the cache, not {T} tokens")
-        x = norm(self.embedding(tokens) + self.position.weight[start : start + T])  # (B, T, C)
+        x = norm(self.embedding(tokens) + self.position.weight[start : start + T]).flatten(0, 1)  # (B·T, C)
+        S = T if cache is None else min(max(start + T, 32), cache.shape[4])  # for fewer keys, products are slower
+        mask = self.mask[start : start + T, :S]
         for layer, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache[layer], start)
-        return F.linear(norm(x[:, logits_from:]), self.embedding.weight)
+            x = block(x, mask, len(tokens), None if cache is None else cache[layer], start)
+        x = x.view(*tokens.shape, -1)[:, logits_from:]
+        return F.linear(norm(x), self.embedding.weight)
