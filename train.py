@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nano_opd import arithmetic, checkpoint, distributed, runs, sft
 from nano_opd.checks import NumericalFault, require_finite
 from nano_opd.config import Config, parse
-from nano_opd.device import keep_freed_memory, resolve
+from nano_opd.device import fused, keep_freed_memory, precision, resolve
 from nano_opd.evaluate import evaluate, prompts_of, sampled_correct, slots_of
 from nano_opd.gpt import GPT
 from nano_opd.losses import distillation_loss, reward_loss
@@ -84,7 +84,7 @@ def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.
     Raises NumericalFault, before a weight has followed it, when a log-prob, the loss or its gradient is not finite.
     """
     if cfg.privileged and cfg.teacher_sync and step % cfg.teacher_sync == 0:
-        teacher.load_state_dict(distributed.bare(student).state_dict())
+        distributed.bare(teacher).load_state_dict(distributed.bare(student).state_dict())
     with distributed.together():
         loss_of_epoch = objective(cfg, step, student, teacher)
     likely = "teacher and student judge some token so differently that its reward overflows: lower --lr"
@@ -116,7 +116,7 @@ def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> li
             teacher.load_state_dict(state["self_teacher"])
         first, rows = state["step"], state["rows"][: state["step"]]  # the row of the step itself is measured again
         started -= state["seconds"]
-    replica = distributed.replicate(student)
+    replica, judge = distributed.replicate(fused(cfg.compile, student)), fused(cfg.compile, teacher)
 
     def save(step: int) -> None:
         weights = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
@@ -141,7 +141,7 @@ def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> li
                     if bar.disable:
                         print(f"step {step:5d} {row['seconds']:7.1f} s  {said}", flush=True)
                 if step < cfg.steps:
-                    row |= update(cfg, step, replica, teacher, optimizer)
+                    row |= update(cfg, step, replica, judge, optimizer)
             except NumericalFault as fault:
                 raise NumericalFault(f"step {step}: {fault}") from None
             if step < cfg.steps:
@@ -185,6 +185,7 @@ def run(cfg: Config, device: torch.device, stop: runs.StopRequest) -> None:
         student = warm_start(cfg, "student", device, stop)
         teacher = copy.deepcopy(student) if cfg.privileged else warm_start(cfg, "teacher", device, stop)
     teacher.requires_grad_(False)
+    student.precision = teacher.precision = precision(cfg.dtype, device)
     rows = train(cfg, student, teacher, stop)
     if distributed.rank() > 0:
         return

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nano_opd import plots, timing
 from nano_opd.device import keep_freed_memory, resolve
-from nano_opd.rollout import logprobs_of, response_logits, response_logprobs, sample
+from nano_opd.gpt import logprobs_of
+from nano_opd.rollout import response_logits, response_logprobs, sample
 
 SIZES = [(2, 64), (4, 128), (6, 384), (12, 768)]  # layers × width
 P, R = 8, 24  # prompt and response, tokens

@@ -100,7 +100,9 @@ class Config:
     lr: float = knob(5e-3, "AdamW learning rate, decayed linearly to 0", low=0.0)
     grad_clip: float = knob(0.0, "largest gradient norm; 0 is off", low=0.0)
     eval_every: int = knob(50, "updates between evaluations and checkpoints", low=1)
-    eval_size: int = knob(500, "held-out problems per evaluation (four times as many at the end)", low=1)
+    eval_size: int = knob(
+        500, "held-out problems per evaluation; four times as many at the start and at the end", low=1
+    )
 
     teacher_layers: int = knob(3, "teacher: transformer blocks", low=1)
     teacher_width: int = knob(96, "teacher: channels", low=8)
@@ -113,6 +115,14 @@ class Config:
     sft_lr: float = knob(1e-2, "learning rate of the warm starts, decayed linearly to 0", low=0.0)
 
     device: str = knob("auto", "auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:<n> or mps")
+    dtype: str = knob(
+        "auto",
+        "of matrix products; weights and log-probs are float32 (auto: bfloat16 on a GPU)",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    compile: str = knob(
+        "auto", "score and update through torch.compile (auto: on a GPU)", choices=("auto", "on", "off")
+    )
     out_dir: str = knob("out", "folder of all runs and of the cached warm starts")
     resume: bool = knob(False, "continue this run from its last checkpoint")
 

@@ -77,7 +77,7 @@ def own(purpose: str) -> str:
     return f"{purpose} of rank {rank()}" if rank() > 0 else purpose
 
 
-def replicate(model: GPT) -> GPT | DistributedDataParallel:
+def replicate(model: torch.nn.Module) -> torch.nn.Module:
     """The model to score with: a loss of its logits has the gradient of all ranks. Their weights become rank 0's."""
     if world() == 1:
         return model
@@ -86,9 +86,10 @@ def replicate(model: GPT) -> GPT | DistributedDataParallel:
     return replica
 
 
-def bare(model: GPT | DistributedDataParallel) -> GPT:
-    """The model itself, to sample with; none of its calls waits for another rank."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def bare(model: torch.nn.Module) -> GPT:
+    """The model itself, neither replicated nor compiled: to sample with; none of its calls waits for another rank."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    return getattr(model, "_orig_mod", model)  # where torch.compile keeps it
 
 
 def agree(value):

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nano_opd import policy_gradient
 from nano_opd.divergences import Divergence
@@ -82,12 +81,8 @@ def gpt_policy(model: GPT, prompt: Tensor) -> tuple[Policy, Tensor]:
     def policy(theta: Tensor, tokens: Tensor) -> Tensor:
         pieces = theta.split([w.numel() for w in weights])
         named = {name: piece.view(w.shape) for name, piece, w in zip(names, pieces, weights)}
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be batched by vmap
-            return response_logits(
-                lambda tokens, **options: functional_call(model, named, (tokens,), options),
-                torch.cat([prompt.expand(len(tokens), -1), tokens], 1),
-                len(prompt),
-            )
+        call = lambda tokens, **options: functional_call(model, named, (tokens,), options)
+        return response_logits(call, torch.cat([prompt.expand(len(tokens), -1), tokens], 1), len(prompt))
 
     values = [w.detach().flatten().double() for w in weights]  # drops nothing: θ is a new leaf, and policy reads it
     return policy, torch.cat(values)

@@ -7,31 +7,34 @@ import torch
 from torch import Tensor
 
 from nano_opd import arithmetic, distributed, divergences, gkd, grpo, opd, opdplus, opsd, policy_gradient, rlsd
-from nano_opd.config import Config
+from nano_opd.config import SAMPLED, Config
 from nano_opd.evaluate import prompts_of, reasoning_span, rewards
-from nano_opd.gpt import GPT
-from nano_opd.rollout import Rollout, logprobs_of, response_logits
+from nano_opd.gpt import GPT, logprobs_of
+from nano_opd.rollout import Rollout, response_logits, response_logprobs
 from nano_opd.streams import numpy_stream
 
 
 def distillation_loss(cfg: Config, student: GPT, teacher: GPT, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
     """score → advantage: the loss of gkd, opd or opdplus on a batch of rollouts, and what was measured on the way."""
-    divergence, mask = divergences.get(cfg.divergence), rollout.mask
-    student_logits = response_logits(student, rollout.tokens, rollout.prompt_length).float()  # (B, R, V)
-    with torch.no_grad():
-        teacher_logits = response_logits(teacher, rollout.tokens, rollout.prompt_length).float()
-    if cfg.method == "gkd" or cfg.variance == "full":
-        return gkd.loss(student_logits, teacher_logits, mask, divergence, stop_gradient=cfg.method == "opd"), {}
+    divergence, mask, scored = divergences.get(cfg.divergence), rollout.mask, (rollout.tokens, rollout.prompt_length)
+    estimator, baseline, measured = {"opd": opd, "opdplus": opdplus}.get(cfg.method), None, {}
+    if cfg.method in SAMPLED and cfg.variance == "sampled":  # the log-probs of what was sampled are enough
+        student_logp = response_logprobs(student, *scored)  # (B, R)
+        with torch.no_grad():
+            teacher_logp = response_logprobs(teacher, *scored)
+    else:
+        student_logits = response_logits(student, *scored).float()  # (B, R, V)
+        with torch.no_grad():
+            teacher_logits = response_logits(teacher, *scored).float()
+        if cfg.method == "gkd" or cfg.variance == "full":
+            return gkd.loss(student_logits, teacher_logits, mask, divergence, stop_gradient=cfg.method == "opd"), {}
+        student_logp, teacher_logp = (logprobs_of(rollout.responses, z) for z in (student_logits, teacher_logits))
+        baseline = estimator.exact_baseline(student_logits, teacher_logits, divergence)
 
-    estimator = {"opd": opd, "opdplus": opdplus}[cfg.method]
-    student_logp = logprobs_of(rollout.responses, student_logits)  # (B, R)
-    log_u, measured = logprobs_of(rollout.responses, teacher_logits) - student_logp, {}
+    log_u = teacher_logp - student_logp
     if cfg.log_u_clip > 0:
         measured["clip_fraction"] = (log_u.abs() > cfg.log_u_clip)[mask].float().mean()
         log_u = log_u.clamp(-cfg.log_u_clip, cfg.log_u_clip)
-    baseline = None
-    if cfg.variance == "baseline":
-        baseline = estimator.exact_baseline(student_logits, teacher_logits, divergence)
     advantage = estimator.advantage(log_u, mask, divergence, cfg.gamma, baseline)
     return policy_gradient.loss(student_logp, advantage, mask, cfg.normalize), measured
 

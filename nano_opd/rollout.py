@@ -4,7 +4,9 @@ Sampling is at temperature 1 from the whole vocabulary, because the estimators a
 distribution: what is sampled with another temperature or a top-k and then scored with the full softmax is off-policy.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from torch import Tensor
 from nano_opd.checks import require_finite
 from nano_opd.gpt import GPT
 from nano_opd.tokenizer import EOS, PAD
+
+TOKENS_AT_ONCE = 4  # between two looks at whether all responses have ended
 
 
 @dataclass(frozen=True)
@@ -71,29 +75,80 @@ def sample(
             "else is not on-policy. For evaluation pass evaluation=True."
         )
     B, P = prompts.shape
-    if min(B, P, max_new_tokens) < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+    R = max_new_tokens
+    if min(B, P, R) < 1 or temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(f"sizes must be ≥ 1: {B=}, {P=}, {max_new_tokens=}, {top_k=}; and {temperature=} ≥ 0")
-    tokens = prompts.new_full((B, P + max_new_tokens), PAD)
-    tokens[:, :P] = prompts
+    buffers = _buffers if prompts.is_cuda else _new_buffers
+    tokens, logp, uniform, extend = buffers(model, B, P, R, temperature, top_k)
     responses = tokens[:, P:]  # a view: (B, R)
-    logp = torch.zeros(B, max_new_tokens, device=prompts.device)
-    uniform = torch.rand(max_new_tokens, B, 1, generator=generator, device=prompts.device)
-    cache = model.new_cache(B, P + max_new_tokens)
-    logits = model(prompts, cache, logits_from=P - 1)[:, -1]
-    for n in range(max_new_tokens):
-        model_logp = logits.float().log_softmax(-1)  # (B, V)
-        token = _draw(model_logp, uniform[n], temperature, top_k)  # (B, 1)
-        responses[:, n : n + 1] = token
-        logp[:, n : n + 1] = model_logp.gather(1, token)
-        if n + 1 == max_new_tokens or (n % 4 == 3 and (responses == EOS).any(1).all()):  # seldom: it waits for a GPU
+    tokens[:, :P] = prompts
+    responses.fill_(PAD)
+    uniform.uniform_(generator=generator)
+    for first in range(0, R, TOKENS_AT_ONCE):
+        extend(first)
+        if (responses == EOS).any(1).all():  # the host waits for the device here, and only here
             break
-        logits = model(token, cache, start=P + n)[:, -1]
     ends = (responses == EOS).long()
     mask = ends.cumsum(1) - ends == 0  # no EOS before: rows that had ended went on, and what they said is dropped
-    responses.masked_fill_(~mask, PAD)
+    tokens = torch.cat([prompts, torch.where(mask, responses, PAD)], dim=1)
     logp = torch.where(mask, logp, 0.0)
     require_finite("log-prob of a sampled token", logp, "the weights of the model have overflowed")
     return Rollout(tokens, P, mask, logp)
+
+
+def _new_buffers(
+    model: GPT, B: int, P: int, R: int, temperature: float, top_k: int | None
+) -> tuple[Tensor, Tensor, Tensor, Callable[[int], None]]:
+    """Where one rollout is written, tokens (B, P+R), logp (B, R), uniform (R, B, 1), and what writes it piece by piece.
+
+    extend(first) draws tokens first … first + TOKENS_AT_ONCE − 1 of every response, and reads or writes nothing else.
+    """
+    device = model.device
+    tokens = torch.full((B, P + R), PAD, device=device)
+    logp, uniform = torch.zeros(B, R, device=device), torch.zeros(R, B, 1, device=device)
+    cache = model.new_cache(B, P + R)
+
+    def extend(first: int) -> None:
+        for n in range(first, min(first + TOKENS_AT_ONCE, R)):
+            start = 0 if n == 0 else P + n - 1
+            seen = tokens[:, start : P + n]  # the prompt, then one token at a time
+            logits = model(seen, cache, start, logits_from=seen.shape[1] - 1)[:, -1]
+            model_logp = logits.float().log_softmax(-1)  # (B, V)
+            token = _draw(model_logp, uniform[n], temperature, top_k)  # (B, 1)
+            tokens[:, P + n : P + n + 1] = token
+            logp[:, n : n + 1] = model_logp.gather(1, token)
+
+    return tokens, logp, uniform, extend
+
+
+_captured: WeakKeyDictionary = WeakKeyDictionary()  # model → {sizes: its buffers}
+
+
+def _buffers(model: GPT, *sizes) -> tuple[Tensor, Tensor, Tensor, Callable[[int], None]]:
+    """_new_buffers, made once for each model and size, whose `extend` replays CUDA graphs of itself.
+
+    One launch then stands for the some 50 kernels of each of TOKENS_AT_ONCE tokens, with no Python between them. A
+    graph reads the weights where they are, so the rollout follows every update; the uniforms are drawn outside of it.
+    """
+    kept = _captured.setdefault(model, {})
+    key = (*sizes, model.precision, model.embedding.weight.data_ptr())
+    if key not in kept:
+        tokens, logp, uniform, extend = _new_buffers(model, *sizes)
+        uniform.uniform_()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the libraries set themselves up on a first run, which cannot be captured
+            for first in range(0, sizes[2], TOKENS_AT_ONCE):
+                extend(first)
+        torch.cuda.current_stream().wait_stream(stream)
+        graphs, lower = {}, model.precision != torch.float32
+        for first in range(0, sizes[2], TOKENS_AT_ONCE):
+            graphs[first] = torch.cuda.CUDAGraph()
+            # an outer autocast casts each weight once per graph, not once per token
+            with torch.autocast("cuda", model.precision, enabled=lower), torch.cuda.graph(graphs[first]):
+                extend(first)
+        kept[key] = tokens, logp, uniform, lambda first: graphs[first].replay()
+    return kept[key]
 
 
 def _draw(logp: Tensor, uniform: Tensor, temperature: float, top_k: int | None) -> Tensor:
@@ -120,9 +175,4 @@ def response_logprobs(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:
 
     tokens (B, P+R). Positions after the EOS hold the log-prob of PAD and mean nothing: mask them.
     """
-    return logprobs_of(tokens[:, prompt_length:], response_logits(model, tokens, prompt_length).float())
-
-
-def logprobs_of(responses: Tensor, logits: Tensor) -> Tensor:
-    """log-probs (B, R), in nats, of the tokens `responses` (B, R) under the logits (B, R, V) that predict them."""
-    return logits.log_softmax(-1).gather(-1, responses.unsqueeze(-1)).squeeze(-1)
+    return model(tokens[:, :-1], logits_from=prompt_length - 1, targets=tokens[:, prompt_length:])

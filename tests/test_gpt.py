@@ -1,19 +1,27 @@
-"""The model: causality, the cache, sizes."""
+"""The model: causality, the cache, sizes, and what lower precision, compilation and chunked log-probs may change."""
+
+import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nano_opd import device, gpt
 from nano_opd.gpt import GPT, GPTConfig
+
+
+def new_model(block_size):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=11, block_size=block_size, n_layer=3, n_head=2, n_embd=24))
+    for block in model.blocks:  # the zero initialisation of the outputs would make every block the identity
+        torch.nn.init.normal_(block.attention_out.weight, std=0.3)
+        torch.nn.init.normal_(block.mlp_out.weight, std=0.3)
+    return model
 
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=11, block_size=20, n_layer=3, n_head=2, n_embd=24))
-    for block in model.blocks:  # the zero initialisation of the outputs would make every block the identity
-        torch.nn.init.normal_(block.attention_out.weight, std=0.3)
-        torch.nn.init.normal_(block.mlp_out.weight, std=0.3)
-    return model.double()
+    return new_model(20).double()
 
 
 @pytest.fixture
@@ -30,11 +38,21 @@ def test_cached_logits_equal_the_full_forward(model, tokens, prompt_length):
         torch.testing.assert_close(model(tokens[:, t : t + 1], cache, start=t)[:, 0], full[:, t])
 
 
-def test_a_token_sees_the_past_and_only_the_past(model, tokens):
+@pytest.mark.parametrize("length", [20, 80])  # products of the scores; flash attention
+def test_a_token_sees_the_past_and_only_the_past(length):
+    model, tokens = new_model(length).double(), torch.randint(11, (5, length))
     changed = tokens.clone()
     changed[:, 9] = (changed[:, 9] + 1) % 11
     difference = (model(tokens) - model(changed)).abs().amax(dim=(0, 2))
     assert (difference[:9] == 0).all() and (difference[9:] > 1e-6).all()
+
+
+def test_the_two_ways_of_attention_are_one_function():
+    model, tokens = new_model(80).double(), torch.randint(11, (5, 80))
+    cache = model.new_cache(5, 80)
+    model(tokens[:, :60], cache)
+    decoded = [model(tokens[:, t : t + 1], cache, start=t)[:, 0] for t in range(60, 80)]
+    torch.testing.assert_close(torch.stack(decoded, 1), model(tokens)[:, 60:])
 
 
 def test_positions_matter(model):
@@ -68,3 +86,62 @@ def test_gpt2_small_constructs_and_runs():
     assert abs(sum(p.numel() for p in model.parameters()) / 123.5e6 - 1) < 0.01
     with torch.no_grad():
         assert model(torch.randint(50257, (1, 16)), logits_from=15).shape == (1, 1, 50257)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest floating-point tensor that any operator makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        if isinstance(out, torch.Tensor) and out.is_floating_point():
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+def test_logprobs_of_a_large_vocabulary_are_taken_a_few_rows_at_a_time(monkeypatch):
+    """The same log-probs and gradients, and no (B, T, V) tensor on the way, forward or backward."""
+    torch.manual_seed(0)
+    B, T, V = 4, 12, 5000
+    model = GPT(GPTConfig(V, T, n_layer=1, n_head=2, n_embd=8))
+    tokens, targets = torch.randint(V, (B, T)), torch.randint(V, (B, T))
+
+    def scored():
+        model.zero_grad()
+        with Largest() as largest:
+            logp = model(tokens, targets=targets)
+            logp.sum().backward()
+        return logp.detach(), model.embedding.weight.grad.clone(), largest.numel
+
+    whole_logp, whole_grad, whole = scored()
+    monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", 10 * V)
+    logp, grad, at_once = scored()
+    assert whole == B * T * V and at_once == 10 * V
+    torch.testing.assert_close(logp, whole_logp)
+    torch.testing.assert_close(grad, whole_grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logp, gpt.logprobs_of(targets, model(tokens)).detach())
+
+
+def test_bfloat16_multiplies_coarsely_and_keeps_float32_logprobs(tokens):
+    model, exact = new_model(20), new_model(20)
+    model.precision = torch.bfloat16
+    logp, want = (m(tokens[:, :-1], targets=tokens[:, 1:]) for m in (model, exact))
+    assert logp.dtype == torch.float32 and model.new_cache(1, 20).dtype == torch.bfloat16
+    error = (logp - want).abs().max()
+    assert 1e-6 < error < 0.1
+    logp.sum().backward()
+    assert model.embedding.weight.grad.dtype == torch.float32
+
+
+def test_the_compiled_model_is_the_model(tokens):
+    model = GPT(GPTConfig(vocab_size=11, block_size=20, n_layer=1, n_head=2, n_embd=8))
+    assert device.fused("auto", model) is model and device.fused("off", model) is model  # on a CPU
+    compiled = device.fused("on", copy.deepcopy(model))
+    want, got = (m(tokens[:, :-1], logits_from=3, targets=tokens[:, 4:]) for m in (model, compiled))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    for logp in (want, got):
+        logp.sum().backward()
+    for name, weight in model.named_parameters():
+        grad = dict(compiled.named_parameters())[f"_orig_mod.{name}"].grad
+        torch.testing.assert_close(grad, weight.grad, rtol=1e-3, atol=1e-5)

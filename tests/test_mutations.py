@@ -130,8 +130,8 @@ MUTATIONS = {
     ],
     "losses.py": [
         (
-            "logprobs_of(rollout.responses, teacher_logits) - student_logp, {}",
-            "student_logp - logprobs_of(rollout.responses, teacher_logits), {}",
+            "log_u = teacher_logp - student_logp",
+            "log_u = student_logp - teacher_logp",
             "losses: gradient_of_the_loop and opdplus",
         ),
         (
@@ -150,16 +150,20 @@ MUTATIONS = {
             "losses: gradient_of_the_loop and gamma",
         ),
         (
-            "student_logp = logprobs_of(rollout.responses, student_logits)  # (B, R)\n    log_u",
-            "student_logp = logprobs_of(rollout.responses.roll(1, 1), student_logits)\n    log_u",
+            "(logprobs_of(rollout.responses, z)",
+            "(logprobs_of(rollout.responses.roll(1, 1), z)",
             "losses: gradient_of_the_loop and opdplus",
         ),
     ],
     "rollout.py": [
         ("ends.cumsum(1) - ends == 0", "ends.cumsum(1) == 0", "rollout: first_eos"),
-        ("tokens[:, :-1], logits_from", "tokens[:, 1:], logits_from", "rollout: predict_the_response"),
-        ("responses.masked_fill_(~mask, PAD)", "pass", "rollout: first_eos"),
-        ("model(token, cache, start=P + n)", "model(token, cache, start=P + n + 1)", "rollout: full_forward"),
+        (
+            "tokens[:, :-1], logits_from=prompt_length - 1)",
+            "tokens[:, 1:], logits_from=prompt_length - 1)",
+            "rollout: predict_the_response",
+        ),
+        ("torch.where(mask, responses, PAD)", "responses", "rollout: first_eos"),
+        ("model(seen, cache, start,", "model(seen, cache, start + (n > 0),", "rollout: full_forward"),
         ("(1 - uniform) * cdf", "(1 - uniform**2) * cdf", "rollout: follow_the_model"),
         (
             "logits.float().log_softmax(-1)  # (B, V)",
