@@ -1,6 +1,8 @@
 """What the functions of this package refuse: shapes that do not match, and numbers that are none."""
 
+import difflib
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -8,6 +10,12 @@ from torch import Tensor
 
 class NumericalFault(ValueError):
     """A number that is not finite, named where it arose."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for a message about an unknown name; empty where nothing is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def require_same_shape(**tensors: Tensor) -> None:

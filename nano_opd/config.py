@@ -5,13 +5,13 @@ The command line is made from this dataclass, and the dataclass that ran is the 
 
 import argparse
 import dataclasses
-import difflib
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from nano_opd import arithmetic, device, distributed, divergences
+from nano_opd.checks import did_you_mean
 from nano_opd.gpt import GPTConfig
 from nano_opd.tokenizer import VOCAB_SIZE
 
@@ -134,8 +134,7 @@ class Config:
                 *(field.metadata[k] for k in ("choices", "low", "high")),
             )
             if choices and value not in choices:
-                near = difflib.get_close_matches(str(value), choices, n=1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
+                hint = did_you_mean(str(value), choices)
                 raise ValueError(f"{_flag(field.name)} {value}: choose from {', '.join(choices)}{hint}")
             if low is not None and not (low <= value <= high if high is not None else low <= value < float("inf")):
                 allowed = f"from {low} to {high}" if high is not None else f"{low} or more"

@@ -15,13 +15,14 @@ At a token the teacher forbids, x = −∞, every function returns its limit at 
 Functions map tensors of any shape elementwise and are differentiable; nothing here detaches.
 """
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, exp, expm1, log1p
+
+from nano_opd.checks import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,5 @@ def get(name: str) -> Divergence:
         if not abs(alpha) <= 10:
             raise ValueError(f"divergence {name!r}: alpha must be a number from -10 to 10, as in alpha=0.5")
         return _alpha(name, alpha)
-    near = difflib.get_close_matches(name, DIVERGENCES, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    hint = did_you_mean(name, DIVERGENCES)
     raise ValueError(f"unknown divergence {name!r}{hint}; choose from {', '.join(DIVERGENCES)}, alpha=<float>")

@@ -236,7 +236,7 @@ def refused(capsys, *arguments) -> str:
     [
         ("--method dpo", "--method dpo: choose from sft, gkd, opd, opdplus"),
         ("--divergence kl", "unknown divergence 'kl'"),
-        ("--divergence forward-kl", "did you mean 'forward_kl'?"),
+        ("--divergence forward-kl", "did you mean forward_kl?"),
         ("--divergence alpha=x", "alpha must be a number from -10 to 10"),
         ("--method opd+", "did you mean opd?"),
         ("--task ad", "--task ad: choose from add, sub, mul, mix (did you mean add?)"),
