@@ -9,6 +9,7 @@ is the claimed one. A claim of equality is seen when the difference is shown to 
 """
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from pathlib import Path
 import reproduce
 from matplotlib.figure import Figure
 
-from nano_opd import plots
+from nano_opd import bench, plots
 from nano_opd.evaluate import equivalence_p, holm, mean_interval, paired_p
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,7 +276,14 @@ def blocks(folder: Path) -> dict[str, str]:
     results = load(folder)
     tables = {f"claims {name}": claims_table(claims, results) for name, claims in CLAIMS.items()}
     others = {"dense": dense_table(results), "arms": arms_table(results), "provenance": provenance_table(folder)}
-    return tables | others
+    return tables | others | speed_tables(folder)
+
+
+def speed_tables(folder: Path) -> dict[str, str]:
+    """What nano_opd.bench measured, each table under the machine that it was measured on."""
+    path = folder / "speed.json"
+    measured = json.loads(path.read_text()) if path.exists() else {}
+    return {f"speed {name}": f"{t['machine']}:\n\n{bench.markdown(t['rows'])}" for name, t in measured.items()}
 
 
 def figures(folder: Path) -> dict[str, Figure]:

@@ -193,5 +193,5 @@ def test_no_log_ratio_gives_nan_or_an_infinity_of_the_wrong_sign(name, x):
             assert d.f(log_u) >= 0
     if abs(x) <= 300:  # float32 agrees with float64 wherever the value fits
         got, want = d.f(torch.tensor(x)).double(), d.f(torch.tensor(x, dtype=torch.float32).double())
-        if want.abs() < 1e38:
+        if want.abs() < 1e36:  # with room for the division by α(α − 1) still to come
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-30)
