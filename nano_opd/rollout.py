@@ -6,6 +6,8 @@ distribution: what is sampled with another temperature or a top-k and then score
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -78,12 +80,12 @@ def sample(
     R = max_new_tokens
     if min(B, P, R) < 1 or temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(f"sizes must be ≥ 1: {B=}, {P=}, {max_new_tokens=}, {top_k=}; and {temperature=} ≥ 0")
-    buffers = _buffers if prompts.is_cuda else _new_buffers
-    tokens, logp, uniform, extend = buffers(model, B, P, R, temperature, top_k)
-    responses = tokens[:, P:]  # a view: (B, R)
-    tokens[:, :P] = prompts
+    new = _captured if prompts.is_cuda else _eager
+    state, extend = new(model, (B, P, R), temperature, top_k)
+    responses = state.tokens[:, P:]  # a view: (B, R)
+    state.tokens[:, :P] = prompts
     responses.fill_(PAD)
-    uniform.uniform_(generator=generator)
+    state.uniform.uniform_(generator=generator)
     for first in range(0, R, TOKENS_AT_ONCE):
         extend(first)
         if (responses == EOS).any(1).all():  # the host waits for the device here, and only here
@@ -91,64 +93,72 @@ def sample(
     ends = (responses == EOS).long()
     mask = ends.cumsum(1) - ends == 0  # no EOS before: rows that had ended went on, and what they said is dropped
     tokens = torch.cat([prompts, torch.where(mask, responses, PAD)], dim=1)
-    logp = torch.where(mask, logp, 0.0)
+    logp = torch.where(mask, state.logp, 0.0)
     require_finite("log-prob of a sampled token", logp, "the weights of the model have overflowed")
     return Rollout(tokens, P, mask, logp)
 
 
-def _new_buffers(
-    model: GPT, B: int, P: int, R: int, temperature: float, top_k: int | None
-) -> tuple[Tensor, Tensor, Tensor, Callable[[int], None]]:
-    """Where one rollout is written, tokens (B, P+R), logp (B, R), uniform (R, B, 1), and what writes it piece by piece.
+class _State(NamedTuple):
+    """What a rollout is written to while it grows."""
 
-    extend(first) draws tokens first … first + TOKENS_AT_ONCE − 1 of every response, and reads or writes nothing else.
+    tokens: Tensor  # (B, P+R)
+    logp: Tensor  # (B, R)
+    uniform: Tensor  # (R, B, 1), drawn in advance
+    cache: Tensor
+
+    @classmethod
+    def of(cls, model: GPT, B: int, P: int, R: int) -> "_State":
+        """Room for R tokens after prompts (B, P)."""
+        new = partial(torch.zeros, device=model.device)
+        return cls(new(B, P + R, dtype=torch.int64), new(B, R), new(R, B, 1), model.new_cache(B, P + R))
+
+
+def _extend(model: GPT, state: _State, P: int, first: int, temperature: float, top_k: int | None) -> None:
+    """Draw tokens first … first + TOKENS_AT_ONCE − 1 of every response, in place."""
+    for n in range(first, min(first + TOKENS_AT_ONCE, state.logp.shape[1])):
+        start = 0 if n == 0 else P + n - 1
+        seen = state.tokens[:, start : P + n]  # the prompt, then one token at a time
+        logits = model(seen, state.cache, start, logits_from=seen.shape[1] - 1)[:, -1]
+        logp = logits.float().log_softmax(-1)  # (B, V)
+        token = _draw(logp, state.uniform[n], temperature, top_k)  # (B, 1)
+        state.tokens[:, P + n : P + n + 1] = token
+        state.logp[:, n : n + 1] = logp.gather(1, token)
+
+
+def _eager(model: GPT, sizes: tuple[int, int, int], *options) -> tuple[_State, Callable[[int], None]]:
+    """A state for one rollout, and `_extend` on it."""
+    state = _State.of(model, *sizes)
+    return state, lambda first: _extend(model, state, sizes[1], first, *options)
+
+
+_graphs: WeakKeyDictionary = WeakKeyDictionary()  # model → {what is captured: (state, CUDA graph of each `first`)}
+
+
+def _captured(model: GPT, sizes: tuple[int, int, int], *options) -> tuple[_State, Callable[[int], None]]:
+    """The same with CUDA graphs of `_extend`, captured once for each model and sizes, and their replay.
+
+    One launch then stands for some 50 kernels for each of TOKENS_AT_ONCE tokens, with no Python between them. A graph
+    reads the weights where they are, so it follows every update; the uniforms are drawn outside of it.
     """
-    device = model.device
-    tokens = torch.full((B, P + R), PAD, device=device)
-    logp, uniform = torch.zeros(B, R, device=device), torch.zeros(R, B, 1, device=device)
-    cache = model.new_cache(B, P + R)
-
-    def extend(first: int) -> None:
-        for n in range(first, min(first + TOKENS_AT_ONCE, R)):
-            start = 0 if n == 0 else P + n - 1
-            seen = tokens[:, start : P + n]  # the prompt, then one token at a time
-            logits = model(seen, cache, start, logits_from=seen.shape[1] - 1)[:, -1]
-            model_logp = logits.float().log_softmax(-1)  # (B, V)
-            token = _draw(model_logp, uniform[n], temperature, top_k)  # (B, 1)
-            tokens[:, P + n : P + n + 1] = token
-            logp[:, n : n + 1] = model_logp.gather(1, token)
-
-    return tokens, logp, uniform, extend
-
-
-_captured: WeakKeyDictionary = WeakKeyDictionary()  # model → {sizes: its buffers}
-
-
-def _buffers(model: GPT, *sizes) -> tuple[Tensor, Tensor, Tensor, Callable[[int], None]]:
-    """_new_buffers, made once for each model and size, whose `extend` replays CUDA graphs of itself.
-
-    One launch then stands for the some 50 kernels of each of TOKENS_AT_ONCE tokens, with no Python between them. A
-    graph reads the weights where they are, so the rollout follows every update; the uniforms are drawn outside of it.
-    """
-    kept = _captured.setdefault(model, {})
-    key = (*sizes, model.precision, model.embedding.weight.data_ptr())
-    if key not in kept:
-        tokens, logp, uniform, extend = _new_buffers(model, *sizes)
-        uniform.uniform_()
+    of_model = _graphs.setdefault(model, {})
+    key = (sizes, options, model.precision, model.embedding.weight.data_ptr())
+    if key not in of_model:
+        (state, extend), graphs, pieces = _eager(model, sizes, *options), {}, range(0, sizes[2], TOKENS_AT_ONCE)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # the libraries set themselves up on a first run, which cannot be captured
-            for first in range(0, sizes[2], TOKENS_AT_ONCE):
+        with torch.cuda.stream(stream):  # libraries set themselves up on a first run, which cannot be captured
+            for first in pieces:
                 extend(first)
         torch.cuda.current_stream().wait_stream(stream)
-        graphs, lower = {}, model.precision != torch.float32
-        for first in range(0, sizes[2], TOKENS_AT_ONCE):
+        for first in pieces:
             graphs[first] = torch.cuda.CUDAGraph()
-            # an outer autocast casts each weight once per graph, not once per token
-            with torch.autocast("cuda", model.precision, enabled=lower), torch.cuda.graph(graphs[first]):
+            # the outer autocast keeps its copies of the weights from one token of a graph to the next
+            lower = torch.autocast("cuda", model.precision, enabled=model.precision != torch.float32)
+            with lower, torch.cuda.graph(graphs[first]):
                 extend(first)
-        kept[key] = tokens, logp, uniform, lambda first: graphs[first].replay()
-    return kept[key]
+        of_model[key] = state, graphs  # not `extend`, which would keep the model, and so this entry, forever
+    state, graphs = of_model[key]
+    return state, lambda first: graphs[first].replay()
 
 
 def _draw(logp: Tensor, uniform: Tensor, temperature: float, top_k: int | None) -> Tensor:

@@ -164,10 +164,11 @@ MUTATIONS = {
         ),
         ("torch.where(mask, responses, PAD)", "responses", "rollout: first_eos"),
         ("model(seen, cache, start,", "model(seen, cache, start + (n > 0),", "rollout: full_forward"),
+        ("responses.fill_(PAD)", "pass", "rollout: remembers_nothing"),
         ("(1 - uniform) * cdf", "(1 - uniform**2) * cdf", "rollout: follow_the_model"),
         (
-            "logits.float().log_softmax(-1)  # (B, V)",
-            "(2 * logits).float().log_softmax(-1)",
+            "logp = logits.float().log_softmax(-1)  # (B, V)",
+            "logp = (2 * logits).float().log_softmax(-1)",
             "rollout: follow_the_model",
         ),
         ("if not evaluation and (", "if evaluation and (", "rollout: off_policy_sampling"),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from nano_opd import rollout as rollout_file
 from nano_opd.checks import NumericalFault
 from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.rollout import Rollout, prompt_tensor, response_logits, response_logprobs, sample
@@ -134,3 +135,19 @@ def test_rollout_is_frozen(rollout):
     assert isinstance(rollout, Rollout)
     with pytest.raises(AttributeError):
         rollout.mask = None
+
+
+def test_a_state_that_is_used_again_remembers_nothing(model, prompts, monkeypatch):
+    """As captured graphs use theirs: other prompts and another stream on the same tensors, as on new ones."""
+    draw = lambda prompts, seed: sample(model, prompts, R, torch.Generator().manual_seed(seed))
+    prompts, others = prompts[:2], prompts[2:4]
+    late = lambda r: not r.truncated.any() and r.mask.sum(1).min() > rollout_file.TOKENS_AT_ONCE
+    first = next(seed for seed in range(999) if late(draw(prompts, seed)))  # ends that must not be taken for
+    second = next(seed for seed in range(first + 1, 999) if late(draw(others, seed)))  # those of a rollout that goes on
+    want = [draw(prompts, first), draw(others, second)]
+    kept = rollout_file._State.of(model, len(prompts), P, R)
+    monkeypatch.setattr(rollout_file._State, "of", lambda *sizes: kept)
+    for got, expected in zip([draw(prompts, first), draw(others, second)], want):
+        for name in ("tokens", "mask", "logp"):
+            assert torch.equal(getattr(got, name), getattr(expected, name))
+    assert torch.equal(draw(prompts, first).tokens, want[0].tokens)
