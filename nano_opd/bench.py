@@ -49,6 +49,7 @@ def speed(
 def vocabulary(device: torch.device, dtype: torch.dtype, B: int = 8, T: int = 256, V: int = 50257) -> list[dict]:
     """Log-probs of sampled tokens at GPT-2's vocabulary: `response_logprobs`, and with all of (B, T, V) in float32."""
     model, whole = timing.new_model(2, 256, T, device, V), "the whole (B, T, V)"
+    model.precision = dtype
     tokens, rows = torch.randint(V, (B, T), device=device), []
     ways = {
         "response_logprobs": lambda: response_logprobs(model, tokens, P),
@@ -56,7 +57,7 @@ def vocabulary(device: torch.device, dtype: torch.dtype, B: int = 8, T: int = 25
     }
     backward = lambda way: lambda: way().sum().backward()
     for phase, run_of in {"forward": torch.no_grad(), "forward + backward": backward}.items():
-        runs = {name: run_of(timing.in_dtype(way, device, dtype)) for name, way in ways.items()}
+        runs = {name: run_of(way) for name, way in ways.items()}
         times = timing.take_turns(runs, device, 0, turns=4)
         for name, run in runs.items():
             model.zero_grad()
@@ -66,16 +67,19 @@ def vocabulary(device: torch.device, dtype: torch.dtype, B: int = 8, T: int = 25
     return rows
 
 
-def generators(layers: int, width: int, B: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+def generators(
+    layers: int, width: int, B: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Callable[[], Tensor]]:
     """Ways to continue B prompts by R tokens: ours; ours without its cache; `generate` for a GPT-2 of the same size."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = timing.new_model(layers, width, P + R, device)
+    model.precision = dtype
     prompts = torch.randint(timing.VOCAB_SIZE, (B, P), device=device)
     shape = {"vocab_size": timing.VOCAB_SIZE, "n_positions": P + R, "n_layer": layers, "n_embd": width}
     gpt2 = (
         GPT2LMHeadModel(GPT2Config(**shape, n_head=model.config.n_head, bos_token_id=None, eos_token_id=None))
-        .to(device)
+        .to(device, dtype)
         .eval()
     )
     knobs = {"do_sample": True, "top_k": 0, "min_new_tokens": R, "max_new_tokens": R, "pad_token_id": 0}
@@ -97,8 +101,7 @@ def generators(layers: int, width: int, B: int, device: torch.device) -> dict[st
 
 def peers(layers: int, width: int, B: int, device: torch.device, dtype: torch.dtype, seconds: float = 8) -> list[dict]:
     """One row for each way to generate; the ratio is of tokens per second, ours over theirs."""
-    runs = {name: timing.in_dtype(run, device, dtype) for name, run in generators(layers, width, B, device).items()}
-    times, rows = timing.take_turns(runs, device, seconds), []
+    times, rows = timing.take_turns(generators(layers, width, B, device, dtype), device, seconds), []
     for name, taken in times.items():
         ratio = timing.paired_ratio(taken, times["sample"]) if name != "sample" else None
         row = {"size": f"{layers}×{width}", "B": B, "generation": name, "tokens/s": round(B * R / np.median(taken))}
@@ -112,13 +115,13 @@ def precision(width: int, B: int, device: torch.device, seconds: float = 3) -> l
     x_half, w_half = x.bfloat16(), w.bfloat16()
     models = [timing.new_model(2, width, P + R, device) for _ in range(3)]
     models[1].bfloat16()
+    dtypes = [torch.float32, torch.float32, torch.bfloat16]
     ways = {
-        "product": [lambda: x @ w, lambda: x_half @ w_half, lambda: x @ w],
-        "update": [timing.phases(model, model, B, P, R)["update"] for model in models],
+        "product": [lambda: x @ w, lambda: x_half @ w_half, torch.autocast(device.type, dtypes[2])(lambda: x @ w)],
+        "update": [timing.phases(model, model, B, P, R, dtype)["update"] for model, dtype in zip(models, dtypes)],
     }
     rows = []
     for name, (float32, weights, autocast) in ways.items():
-        autocast = timing.in_dtype(autocast, device, torch.bfloat16)
         times = timing.take_turns({"float32": float32, "weights": weights, "autocast": autocast}, device, seconds)
         row = {"width": width, "what": name, "float32, ms": 1e3 * np.median(times["float32"])}
         for kind in ("weights", "autocast"):
@@ -128,9 +131,7 @@ def precision(width: int, B: int, device: torch.device, seconds: float = 3) -> l
         operators = profile.key_averages()
         total = sum(e.self_cpu_time_total for e in operators)
         casts = [e for e in operators if e.key == "aten::_to_copy"]
-        attention = [e for e in operators if "attention" in e.key and e.key.startswith("aten::_")]
-        row["of autocast: casts"] = sum(e.cpu_time_total for e in casts) / total
-        rows.append(row | {"of autocast: attention": sum(e.self_cpu_time_total for e in attention) / total})
+        rows.append(row | {"of autocast: casts": sum(e.cpu_time_total for e in casts) / total})
     return rows
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nano_opd import policy_gradient, sft
 from nano_opd.config import Config
+from nano_opd.device import fused
 from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.losses import distillation_loss
 from nano_opd.rollout import response_logprobs, sample
@@ -42,15 +43,15 @@ def new_pair(layers: int, width: int, length: int, device: torch.device) -> tupl
     return new_model(layers, width, length, device), new_model(*of_teacher, length, device).requires_grad_(False)
 
 
-def in_dtype(run: Callable, device: torch.device, dtype: torch.dtype) -> Callable:
-    """`run` under autocast to `dtype`; as it is for float32."""
-    return torch.autocast(device.type, dtype)(run) if dtype != torch.float32 else run
-
-
 def phases(
     student: GPT, teacher: GPT, B: int, prompt: int, response: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, Callable]:
-    """The student's rollout, score and update, and the whole step of the default method, its teacher included."""
+    """The student's rollout, score and update, and the whole step of the default method, its teacher included.
+
+    As train.py runs them: products in `dtype`, score and update through torch.compile on a GPU.
+    """
+    student.precision = teacher.precision = dtype
+    scorer, judge = fused("auto", student), fused("auto", teacher)
     device, cfg, optimizer = student.device, Config(), sft.adamw(student, 0.0)  # lr 0: no update changes the next
     prompts = torch.randint(VOCAB_SIZE, (B, prompt), device=device)
     tokens = sample(student, prompts, response).tokens
@@ -62,11 +63,10 @@ def phases(
         optimizer.step()
 
     rollout = lambda: sample(student, prompts, response)
-    score = lambda: response_logprobs(student, tokens, prompt)
+    score = lambda: response_logprobs(scorer, tokens, prompt)
     update = lambda: optimize(policy_gradient.loss(score(), everywhere, everywhere.bool()))
-    step = lambda: optimize(distillation_loss(cfg, student, teacher, rollout())[0])
-    runs = {"rollout": rollout, "score": torch.no_grad()(score), "update": update, "step": step}
-    return {name: in_dtype(run, device, dtype) for name, run in runs.items()}
+    step = lambda: optimize(distillation_loss(cfg, scorer, judge, rollout())[0])
+    return {"rollout": rollout, "score": torch.no_grad()(score), "update": update, "step": step}
 
 
 def forward_products(c: GPTConfig, B: int, T: int, S: int, logits: int) -> list[Product]:

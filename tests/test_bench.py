@@ -26,9 +26,12 @@ def test_a_floor_has_exactly_the_products_of_its_phase(sizes):
     student, teacher = timing.new_pair(*sizes, P + R, CPU)
     runs, passes = timing.phases(student, teacher, B, P, R), timing.phase_products(student, teacher, B, P, R)
     assert set(runs) == set(passes)
+    # what decoding reads beyond its floor: up to 32 keys, those still to come masked
+    masked = 4 * student.config.n_layer * B * student.config.n_embd * sum(P + R - S for S in range(P + 1, P + R))
     for name, products in passes.items():
         counted = 2 * sum(b * m * k * n for forward in products for b, m, k, n in forward)
-        assert counted == flops(timing.floor(products, CPU, torch.float32)) == flops(runs[name])
+        assert counted == flops(timing.floor(products, CPU, torch.float32))
+        assert flops(runs[name]) == counted + (masked if name in ("rollout", "step") else 0)
 
 
 def test_a_rollout_generates_every_token():
@@ -103,7 +106,6 @@ def test_scaling_and_precision_at_tiny_sizes():
     assert len(titles) == 3 and sum("a step ∝" in title for title in titles) == 2
     product, update = bench.precision(16, 2, CPU, seconds=0)
     assert all(0 < row["of autocast: casts"] < 1 for row in (product, update))
-    assert product["of autocast: attention"] == 0 <= update["of autocast: attention"] < 1
 
 
 def test_markdown_rounds_and_leaves_blanks():
