@@ -71,7 +71,7 @@ def objective(cfg: Config, step: int, student: GPT, teacher: GPT) -> Callable[[]
     rollout = sample(distributed.bare(student), prompts_of(batch, student.device, slots), cfg.response_cap, generator)
     if not cfg.privileged:
         return lambda: distillation_loss(cfg, student, teacher, rollout)
-    if cfg.epochs > 1:  # p_old from a full forward, so that the first epoch's ratio is exactly 1
+    if cfg.epochs > 1:  # p_old from a full forward, so that the first epoch's ratio is 1 (compiled, up to rounding)
         with torch.no_grad():
             old_logp = response_logprobs(distributed.bare(student), rollout.tokens, rollout.prompt_length)
         rollout = dataclasses.replace(rollout, logp=old_logp)

@@ -49,11 +49,11 @@ def place(device: torch.device) -> torch.device:
 @contextlib.contextmanager
 def group(device: torch.device) -> Iterator[None]:
     """Join the other ranks for the length of a `with`. Raises RankLost when one of them is gone."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     if world() == 1:
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     # the gradient travels between the devices; what is agreed on is on the CPU, where a lost rank is noticed at once
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:

@@ -10,6 +10,7 @@ show: after 400 supervised updates on 3-digit addition a 3×96 model is right mo
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -91,14 +92,14 @@ def logprobs_from(x: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
     if len(x) <= rows:
         return part(x, tokens)
     pieces = zip(x.split(rows), tokens.split(rows))
-    return torch.cat([checkpoint(part, *piece, use_reentrant=False) for piece in pieces])
+    return torch.cat([checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
 
 
 class GPT(nn.Module):
     """tokens (B, T) int64 → next-token logits (B, T, V).
 
     precision  in which matrices are multiplied and keys and values cached: float32 is that of the weights, bfloat16
-               autocasts; log-probs are float32 all the same
+               autocasts all but the last product, which makes the logits
     """
 
     precision = torch.float32
@@ -149,14 +150,19 @@ class GPT(nn.Module):
             raise ValueError(f"{start + T} tokens do not fit in block_size {self.config.block_size}")
         if start > 0 and (T > 1 or cache is None):
             raise ValueError(f"at start {start} pass one token and the cache, not {T} tokens")
+        S = start + T  # keys to see; at least 32 for one query, since PyTorch's products of fewer are slower
+        if cache is not None and T == 1:
+            S = min(max(S, 32), cache.shape[4])
+        autocast = partial(torch.autocast, self.device.type, self.precision)
         lower = self.precision != torch.float32
-        with torch.autocast(self.device.type, self.precision) if lower else nullcontext():
+        with autocast() if lower else nullcontext():
             x = norm(self.embedding(tokens) + self.position.weight[start : start + T]).flatten(0, 1)  # (B·T, C)
-            S = T if cache is None else min(max(start + T, 32), cache.shape[4])  # for fewer keys, products are slower
             mask = self.mask[start : start + T, :S].to(x.dtype)
             for layer, block in enumerate(self.blocks):
                 x = block(x, mask, B, None if cache is None else cache[layer], start)
             x = norm(x.view(B, T, -1)[:, logits_from:])
+        with autocast(enabled=False) if lower else nullcontext():  # a logit of 20 in bfloat16 is off by 0.06 nats
+            x, weight = x.to(self.embedding.weight.dtype), self.embedding.weight
             if targets is None:
-                return F.linear(x, self.embedding.weight)
-            return logprobs_from(x.flatten(0, 1), self.embedding.weight, targets.flatten()).view(targets.shape)
+                return F.linear(x, weight)
+            return logprobs_from(x.flatten(0, 1), weight, targets.flatten()).view(targets.shape)

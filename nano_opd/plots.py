@@ -21,7 +21,8 @@ OWN_COLOR = {"OPD+": COLORS[0], "OPD": COLORS[1], "exact": COLORS[6]}  # the sam
 def training_curves(rows: Sequence[dict], eval_size: int, response_cap: int, title: str) -> Figure:
     """curves.png of one run: accuracy with its 95 % interval, KL and entropy, response length, gradient norm.
 
-    rows  the rows of metrics.csv as dicts; None where nothing was measured
+    rows       the rows of metrics.csv as dicts; None where nothing was measured
+    eval_size  problems of each evaluation but the first and the last, which have four times as many
     """
     measured = [r for r in rows if r["accuracy"] is not None]
     steps = [r["step"] for r in measured]
@@ -33,7 +34,8 @@ def training_curves(rows: Sequence[dict], eval_size: int, response_cap: int, tit
     for name, color, label in [("accuracy", COLORS[0], "sampled"), ("greedy_accuracy", COLORS[1], "greedy")]:
         values = [r[name] for r in measured]
         ax.plot(steps, values, color=color, label=label)
-        low, high = zip(*(wilson(round(v * eval_size), eval_size) for v in values))
+        sizes = [eval_size * (4 if r in (measured[0], measured[-1]) else 1) for r in measured]
+        low, high = zip(*(wilson(round(v * n), n) for v, n in zip(values, sizes)))
         ax.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
     ax.set(ylabel="held-out accuracy (95 % interval)", ylim=(-0.02, 1.02))
     ax.legend()

@@ -11,7 +11,7 @@ makes it less likely. w > 0, so Â never changes the sign of A: the teacher says
 a reader of r would do is rewarded no more than the verifier rewards it.
 
 Source: "Self-Distilled RLVR", arXiv 2604.03128, §3, with the options of its public code. What differs from the paper:
-the divisor of the loss is the constant B (grpo.py), and on the first epoch the live P_S is the one that sampled.
+the divisor of the loss is the constant B (grpo.py).
 """
 
 import torch

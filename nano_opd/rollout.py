@@ -88,7 +88,7 @@ def sample(
     state.uniform.uniform_(generator=generator)
     for first in range(0, R, TOKENS_AT_ONCE):
         extend(first)
-        if (responses == EOS).any(1).all():  # the host waits for the device here, and only here
+        if (responses == EOS).any(1).all():  # the host waits for the device here, not at each token
             break
     ends = (responses == EOS).long()
     mask = ends.cumsum(1) - ends == 0  # no EOS before: rows that had ended went on, and what they said is dropped
@@ -144,6 +144,7 @@ def _captured(model: GPT, sizes: tuple[int, int, int], *options) -> tuple[_State
     key = (sizes, options, model.precision, model.embedding.weight.data_ptr())
     if key not in of_model:
         (state, extend), graphs, pieces = _eager(model, sizes, *options), {}, range(0, sizes[2], TOKENS_AT_ONCE)
+        pool = torch.cuda.graph_pool_handle()  # one for all: they run one after the other, and leave nothing in it
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries set themselves up on a first run, which cannot be captured
@@ -152,9 +153,11 @@ def _captured(model: GPT, sizes: tuple[int, int, int], *options) -> tuple[_State
         torch.cuda.current_stream().wait_stream(stream)
         for first in pieces:
             graphs[first] = torch.cuda.CUDAGraph()
-            # the outer autocast keeps its copies of the weights from one token of a graph to the next
+            # the outer autocast keeps its copies of trained weights from one token of a graph to the next; a copy
+            # made before the graph would be read, stale, by every replay
+            torch.clear_autocast_cache()
             lower = torch.autocast("cuda", model.precision, enabled=model.precision != torch.float32)
-            with lower, torch.cuda.graph(graphs[first]):
+            with lower, torch.cuda.graph(graphs[first], pool=pool):
                 extend(first)
         of_model[key] = state, graphs  # not `extend`, which would keep the model, and so this entry, forever
     state, graphs = of_model[key]

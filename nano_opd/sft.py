@@ -57,11 +57,11 @@ def train(
     The learning rate decays linearly to 0. `styles` as in `solution_tokens`.
     """
     tokens = solution_tokens(problems, model.device, styles)  # all in advance: the loop does nothing but train
+    prompt_length = arithmetic.prompt_length(problems[0].digits, slot=styles is not None) if problems else 0
     optimizer = adamw(model, lr)
     for first in range(0, len(problems), batch_size):
         optimizer.param_groups[0]["lr"] = lr * (1 - first / len(problems))
         optimizer.zero_grad()
-        prompt_length = arithmetic.prompt_length(problems[0].digits, slot=styles is not None)
         loss(model, tokens[first : first + batch_size], prompt_length).backward()
         optimizer.step()
         yield
