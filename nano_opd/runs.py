@@ -15,7 +15,8 @@ from torch import Tensor
 from nano_opd import arithmetic, checkpoint, distributed, plots
 from nano_opd.arithmetic import Problem
 from nano_opd.config import Config
-from nano_opd.evaluate import pass_at_k, wilson
+from nano_opd.evaluate import pass_at_k
+from nano_opd.statistics import wilson
 
 # Row n describes the student after n updates, then the update that follows. An empty cell was not measured.
 COLUMNS = (

@@ -20,7 +20,7 @@ import reproduce
 from matplotlib.figure import Figure
 
 from nano_opd import bench, plots
-from nano_opd.evaluate import equivalence_p, holm, mean_interval, paired_p
+from nano_opd.statistics import equivalence_p, holm, mean_interval, paired_p
 
 ROOT = Path(__file__).resolve().parents[1]
 Results = dict[str, list[list[dict]]]  # arm → one list of rows per seed

@@ -4,7 +4,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from nano_opd import plots
-from nano_opd.evaluate import mean_interval
+from nano_opd.statistics import mean_interval
 
 
 def test_token_credit_colours_credit_blame_and_size():
