@@ -251,7 +251,7 @@ def parse(arguments: list[str] | None = None) -> Config:
                 f"{_flag(name)} {typed[name]} means nothing with --method {config.method}: it is read by {readers}"
             )
     try:
-        distributed.place(device.resolve(config.device))
+        device.require_compiler(config.compile, distributed.place(device.resolve(config.device)))
     except ValueError as error:
         parser.error(f"--device {error}")
     return config

@@ -1,6 +1,8 @@
 """Where a run computes, and how it keeps its memory."""
 
 import ctypes
+import os
+import shutil
 import sys
 
 import torch
@@ -44,6 +46,12 @@ def fused(name: str, model: torch.nn.Module) -> torch.nn.Module:
         if name == "on" or (name == "auto" and model.device.type == "cuda")
         else model
     )
+
+
+def require_compiler(name: str, device: torch.device) -> None:
+    """Raises ValueError where --compile `name` asks for kernels on a CPU and there is no C++ compiler to make them."""
+    if name == "on" and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
+        raise ValueError(f"{device} with --compile on: needs a C++ compiler, and none is on the path; leave it out")
 
 
 def keep_freed_memory() -> None:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -298,6 +299,14 @@ def refused(capsys, *arguments) -> str:
 def test_a_bad_command_line_gets_one_sentence_and_touches_nothing(arguments, message, capsys, tmp_path):
     error = refused(capsys, "--out-dir", str(tmp_path / "out"), *arguments.split())
     assert message in error and not (tmp_path / "out").exists()
+
+
+def test_compiling_for_a_cpu_without_a_compiler_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        config.parse(["--compile", "on", "--device", "cpu"])
+    assert stopped.value.code == 2 and "needs a C++ compiler" in capsys.readouterr().err
+    assert config.parse(["--compile", "auto", "--device", "cpu"]).compile == "auto"
 
 
 def snapshot(folder):
