@@ -163,7 +163,7 @@ MUTATIONS = {
             "rollout: predict_the_response",
         ),
         ("torch.where(mask, responses, PAD)", "responses", "rollout: first_eos"),
-        ("model(seen, cache, start,", "model(seen, cache, start + (n > 0),", "rollout: full_forward"),
+        ("model(seen, state.cache, start,", "model(seen, state.cache, start + (n > 0),", "rollout: full_forward"),
         ("responses.fill_(PAD)", "pass", "rollout: remembers_nothing"),
         ("(1 - uniform) * cdf", "(1 - uniform**2) * cdf", "rollout: follow_the_model"),
         (
