@@ -174,12 +174,17 @@ def observe(run: Callable, device: torch.device) -> tuple[int, float]:
     return calls, float(live.max()) / 1e6
 
 
+def processor() -> str:
+    """The CPU's name as Linux gives it; elsewhere, as Python does."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 def machine(device: torch.device, dtype: torch.dtype) -> str:
     """Where the numbers come from."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        info = Path("/proc/cpuinfo")
-        found = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-        name = f"{found[1] if found else platform.processor()}, threads: {torch.get_num_threads()}"
+        name = f"{processor()}, threads: {torch.get_num_threads()}"
     return f"{name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}"

@@ -30,6 +30,7 @@ import numpy
 import torch
 
 from nano_opd import config
+from nano_opd.timing import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -219,15 +220,6 @@ def commit() -> str:
     git = lambda *arguments: subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout
     changed = git("status", "--porcelain", "--", "nano_opd", "train.py")
     return (git("rev-parse", "--short", "HEAD").strip() or "unknown") + ("-dirty" if changed else "")
-
-
-def processor() -> str:
-    """Its name as Linux gives it; elsewhere, as Python does."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def main() -> None:
