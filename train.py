@@ -88,7 +88,8 @@ def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.
     with distributed.together():
         loss_of_epoch = objective(cfg, step, student, teacher)
     likely = "teacher and student judge some token so differently that its reward overflows: lower --lr"
-    optimizer.param_groups[0]["lr"] = cfg.lr * (1 - step / cfg.steps)
+    # it rises first: AdamW's first steps are large whatever the gradient, and would undo the warm start
+    optimizer.param_groups[0]["lr"] = cfg.lr * min(1, 10 * (step + 1) / cfg.steps) * (1 - step / cfg.steps)
     for _ in range(cfg.epochs):
         with distributed.together():
             loss, measured = loss_of_epoch()

@@ -97,7 +97,7 @@ class Config:
 
     steps: int = knob(400, "updates of the student", low=1)
     batch_size: int = knob(128, "B, rollouts per update", low=1)
-    lr: float = knob(5e-3, "AdamW learning rate, decayed linearly to 0", low=0.0)
+    lr: float = knob(5e-3, "AdamW learning rate, after a tenth of the updates; decays linearly to 0", low=0.0)
     grad_clip: float = knob(0.0, "largest gradient norm; 0 is off", low=0.0)
     eval_every: int = knob(50, "updates between evaluations and checkpoints", low=1)
     eval_size: int = knob(
@@ -109,7 +109,7 @@ class Config:
     teacher_steps: int = knob(400, "teacher: supervised updates", low=0)
     student_layers: int = knob(2, "student: transformer blocks", low=1)
     student_width: int = knob(64, "student: channels", low=8)
-    student_steps: int = knob(80, "student: supervised updates of its warm start", low=0)
+    student_steps: int = knob(110, "student: supervised updates of its warm start", low=0)
     heads: int = knob(4, "attention heads of both", low=1)
     sft_batch_size: int = knob(64, "worked solutions per supervised update of the warm starts", low=1)
     sft_lr: float = knob(1e-2, "learning rate of the warm starts, decayed linearly to 0", low=0.0)

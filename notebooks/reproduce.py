@@ -46,7 +46,7 @@ class Experiment:
 
 
 EVALUATION = "--eval-every 25 --eval-size 250"
-PRIVILEGED = f"--steps 600 --batch-size 64 --student-steps 190 --lr 3e-4 {EVALUATION}"
+PRIVILEGED = f"--steps 400 --batch-size 64 --student-steps 210 --lr 4e-4 {EVALUATION}"
 UPDATE_COLUMNS = ("loss", "grad_norm", "clip_fraction", "reward", "zero_groups", "weight_clip_fraction")
 QUICK = "--steps 4 --eval-every 1 --batch-size 8 --teacher-steps 5 --student-steps 5 --eval-size 20 --digits 1"
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "pearson_chi2", "neyman_chi2", "hellinger", "tv", "k3")
@@ -94,7 +94,7 @@ EXPERIMENTS = {
     ),
     "baselines": Experiment(  # with the rollouts of opd; GRPO has its slot prompt, and a start that solves something
         EVALUATION,
-        {"sft": "--method sft", "grpo, 400 × 128": "--method grpo --student-steps 190 --lr 3e-4"},
+        {"sft": "--method sft", "grpo, 400 × 128": "--method grpo --student-steps 210 --lr 4e-4"},
         seeds=3,
         seconds=70,
     ),
