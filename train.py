@@ -1,7 +1,7 @@
 """On-policy distillation, start to finish: warm starts, then sample → score → advantage → step → evaluate.
 
 `python train.py --method opdplus` takes about 1½ minutes on two laptop cores and ends near an accuracy of 0.96;
-`python train.py --method opd --divergence forward_kl` is the same run under the stop-gradient, and collapses.
+`python train.py --method opd --divergence forward_kl` is under the stop-gradient, and collapses.
 """
 
 import copy
@@ -18,10 +18,10 @@ from tqdm import tqdm
 from nano_opd import arithmetic, checkpoint, distributed, runs, sft
 from nano_opd.checks import NumericalFault, require_finite
 from nano_opd.config import Config, parse
-from nano_opd.device import fused, keep_freed_memory, precision, resolve
+from nano_opd.device import compiled, keep_freed_memory, precision, resolve
 from nano_opd.evaluate import evaluate, prompts_of, sampled_correct, slots_of
 from nano_opd.gpt import GPT
-from nano_opd.losses import distillation_loss, reward_loss
+from nano_opd.losses import distillation_loss, privileged_loss
 from nano_opd.rollout import response_logprobs, sample
 from nano_opd.streams import numpy_stream, torch_stream
 
@@ -61,21 +61,21 @@ def warm_start(cfg: Config, who: str, device: torch.device, stop: runs.StopReque
 def objective(cfg: Config, step: int, student: GPT, teacher: GPT) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
     """Draw the update's problems, let the student answer, and return the loss of one epoch on what was sampled."""
     copies = cfg.group_size if cfg.privileged else 1
-    drawn = distributed.share(problems(cfg, "problems", cfg.batch_size // copies, step))
+    drawn = distributed.shard(problems(cfg, "problems", cfg.batch_size // copies, step))
     batch = [p for p in drawn for _ in range(copies)]
     if cfg.method == "sft":
         tokens = sft.solution_tokens(batch, student.device)
         return lambda: (sft.loss(student, tokens, cfg.prompt_length), {})
     slots = slots_of(batch, "blank") if cfg.privileged else None
     generator = torch_stream(cfg.seed, distributed.own("rollout"), step, student.device)
-    rollout = sample(distributed.bare(student), prompts_of(batch, student.device, slots), cfg.response_cap, generator)
+    rollout = sample(distributed.unwrap(student), prompts_of(batch, student.device, slots), cfg.response_cap, generator)
     if not cfg.privileged:
         return lambda: distillation_loss(cfg, student, teacher, rollout)
     if cfg.epochs > 1:  # p_old from a full forward, so that the first epoch's ratio is 1 (compiled, up to rounding)
         with torch.no_grad():
-            old_logp = response_logprobs(distributed.bare(student), rollout.tokens, rollout.prompt_length)
+            old_logp = response_logprobs(distributed.unwrap(student), rollout.tokens, rollout.prompt_length)
         rollout = dataclasses.replace(rollout, logp=old_logp)
-    return lambda: reward_loss(cfg, step, student, teacher, rollout, batch)
+    return lambda: privileged_loss(cfg, step, student, teacher, rollout, batch)
 
 
 def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -84,7 +84,7 @@ def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.
     Raises NumericalFault, before a weight has followed it, when a log-prob, the loss or its gradient is not finite.
     """
     if cfg.privileged and cfg.teacher_sync and step % cfg.teacher_sync == 0:
-        distributed.bare(teacher).load_state_dict(distributed.bare(student).state_dict())
+        distributed.unwrap(teacher).load_state_dict(distributed.unwrap(student).state_dict())
     with distributed.together():
         loss_of_epoch = objective(cfg, step, student, teacher)
     likely = "teacher and student judge some token so differently that its reward overflows: lower --lr"
@@ -118,7 +118,7 @@ def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> li
             teacher.load_state_dict(state["self_teacher"])
         first, rows = state["step"], state["rows"][: state["step"]]  # the row of the step itself is measured again
         started -= state["seconds"]
-    replica, judge = distributed.replicate(fused(cfg.compile, student)), fused(cfg.compile, teacher)
+    replica, judge = distributed.replicate(compiled(cfg.compile, student)), compiled(cfg.compile, teacher)
 
     def save(step: int) -> None:
         weights = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}

@@ -18,6 +18,7 @@ Both references are valid and one is drawn at random, so no student without the 
 says then depends on something that x does not determine, and that is the part of it that can leak.
 """
 
+import os
 import re
 from typing import NamedTuple
 
@@ -238,7 +239,4 @@ def first_broken_step(problem: Problem, response: str) -> str | None:
 def first_wrong_token(problem: Problem, response: str) -> int | None:
     """Index of the first token that departs from the worked solution, its EOS included; None where none does."""
     expected = solution(problem)
-    for n, (wanted, written) in enumerate(zip(expected, response)):
-        if wanted != written:
-            return n
-    return None if response == expected else min(len(expected), len(response))
+    return None if response == expected else len(os.path.commonprefix([expected, response]))

@@ -16,10 +16,11 @@ from nano_opd.gpt import GPTConfig
 from nano_opd.tokenizer import VOCAB_SIZE
 
 METHODS = ("sft", "gkd", "opd", "opdplus", "grpo", "opsd", "grpo+opsd", "rlsd")
-SAMPLED = ("opd", "opdplus")
+ESTIMATORS = ("opd", "opdplus")
 PRIVILEGED = ("grpo", "opsd", "grpo+opsd", "rlsd")  # a prompt with a reference slot; no teacher but itself
 REWARDED = ("grpo", "grpo+opsd", "rlsd")
 SELF_TAUGHT = ("opsd", "grpo+opsd", "rlsd")
+WITH_DIVERGENCE = ("gkd", *ESTIMATORS, "opsd", "grpo+opsd")  # those that minimise an f-divergence
 
 
 def knob(default, help, *, choices=None, low=None, high=None, methods=METHODS):
@@ -36,22 +37,22 @@ class Config:
     divergence: str = knob(
         "jsd",
         "generator f of D_f(q‖p): " + ", ".join(divergences.DIVERGENCES) + ", alpha=<float>",
-        methods=("gkd", *SAMPLED, "opsd", "grpo+opsd"),
+        methods=WITH_DIVERGENCE,
     )
-    gamma: float = knob(0.0, "γ, discount of the rewards still to come", low=0.0, high=1.0, methods=SAMPLED)
+    gamma: float = knob(0.0, "γ, discount of the rewards still to come", low=0.0, high=1.0, methods=ESTIMATORS)
     variance: str = knob(
         "baseline",
         "sampled token; minus its exact mean over the vocabulary; or the full vocabulary",
         choices=("sampled", "baseline", "full"),
-        methods=SAMPLED,
+        methods=ESTIMATORS,
     )
     normalize: str = knob(
         "batch",
         "divisor of the loss; token_mean and sequence_mean are biased",
         choices=("batch", "token_mean", "sequence_mean"),
-        methods=(*SAMPLED, *REWARDED),
+        methods=(*ESTIMATORS, *REWARDED),
     )
-    log_u_clip: float = knob(0.0, "clip log u to ± this many nats (biased); 0 is off", low=0.0, methods=SAMPLED)
+    log_u_clip: float = knob(0.0, "clip log u to ± this many nats (biased); 0 is off", low=0.0, methods=ESTIMATORS)
 
     group_size: int = knob(4, "G, responses to each prompt; divides B", low=2, methods=PRIVILEGED)
     loss_type: str = knob(
@@ -140,19 +141,17 @@ class Config:
                 allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
                 raise ValueError(f"{_flag(field.name)} {value}: must be {allowed}")
         divergences.get(self.divergence)
-        if self.variance == "full" and self.method in SAMPLED:
+        if self.variance == "full" and self.method in ESTIMATORS:
             if self.gamma > 0:
                 raise ValueError(
                     f"--gamma {self.gamma} sums a sampled return, so --variance must be sampled or baseline"
                 )
             if self.normalize != "batch" or self.log_u_clip > 0:
                 raise ValueError("--normalize and --log-u-clip have no meaning with --variance full: leave them out")
-        if self.method in PRIVILEGED and self.batch_size % self.group_size:
-            raise ValueError(f"--batch-size {self.batch_size}: must be a multiple of --group-size {self.group_size}")
-        N = distributed.world()
-        if self.batch_size % (N * (self.group_size if self.privileged else 1)):
-            groups = f" times --group-size {self.group_size}" if self.privileged else ""
-            raise ValueError(f"--batch-size {self.batch_size}: must be a multiple of the {N} processes{groups}")
+        N, G = distributed.world_size(), self.group_size if self.privileged else 1
+        if self.batch_size % (N * G):
+            factors = [f"the {N} processes"] * (N > 1) + [f"--group-size {G}"] * (G > 1)
+            raise ValueError(f"--batch-size {self.batch_size}: must be a multiple of {' times '.join(factors)}")
         if N > 1 and self.normalize == "token_mean":
             raise ValueError("--normalize token_mean: no process knows the tokens of all: use batch or sequence_mean")
         if self.reference == "shuffled" and self.batch_size < 2 * N * self.group_size:
@@ -200,11 +199,11 @@ class Config:
     def run_dir(self) -> Path:
         """The run's own folder: its method and what is read by it, task, seed and, since they sample, other ranks."""
         parts = [self.method]
-        if self.method in ("gkd", *SAMPLED, "opsd", "grpo+opsd"):
+        if self.method in WITH_DIVERGENCE:
             parts.append(self.divergence)
-        if self.method in SAMPLED:
+        if self.method in ESTIMATORS:
             parts.append(self.variance + (f"-gamma{self.gamma:g}" if self.gamma else ""))
-        ranks = [f"ranks{distributed.world()}"] if distributed.world() > 1 else []
+        ranks = [f"ranks{distributed.world_size()}"] if distributed.world_size() > 1 else []
         return Path(self.out_dir) / "-".join([*parts, f"{self.task}{self.digits}", f"seed{self.seed}", *ranks])
 
     def warm_start_path(self, who: str) -> Path:

@@ -26,7 +26,7 @@ class RankLost(RuntimeError):
     """Another process of this run has ended, and this one waited for it."""
 
 
-def world() -> int:
+def world_size() -> int:
     """N, the number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -38,7 +38,7 @@ def rank() -> int:
 
 def place(device: torch.device) -> torch.device:
     """This rank's own device of that type. Raises ValueError where the processes cannot have one each."""
-    if world() == 1 or device.type == "cpu":
+    if world_size() == 1 or device.type == "cpu":
         return device
     each, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if device.type != "cuda" or device.index is not None or each > there:
@@ -51,7 +51,7 @@ def group(device: torch.device) -> Iterator[None]:
     """Join the other ranks for the length of a `with`. Raises RankLost when one of them is gone."""
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-    if world() == 1:
+    if world_size() == 1:
         yield
         return
     # the gradient travels between the devices; what is agreed on is on the CPU, where a lost rank is noticed at once
@@ -66,9 +66,9 @@ def group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
 
 
-def share(rows: list) -> list:
+def shard(rows: list) -> list:
     """This rank's part of what is drawn for all of them."""
-    n = len(rows) // world()
+    n = len(rows) // world_size()
     return rows[rank() * n : (rank() + 1) * n]
 
 
@@ -79,14 +79,14 @@ def own(purpose: str) -> str:
 
 def replicate(model: torch.nn.Module) -> torch.nn.Module:
     """The model to score with: a loss of its logits has the gradient of all ranks. Their weights become rank 0's."""
-    if world() == 1:
+    if world_size() == 1:
         return model
     replica = DistributedDataParallel(model)
     replica.broadcast_buffers = False  # they are constants, and a rank may find a fault before it comes to a forward
     return replica
 
 
-def bare(model: torch.nn.Module) -> GPT:
+def unwrap(model: torch.nn.Module) -> GPT:
     """The model itself, neither replicated nor compiled: to sample with; none of its calls waits for another rank."""
     model = model.module if isinstance(model, DistributedDataParallel) else model
     return getattr(model, "_orig_mod", model)  # where torch.compile keeps it
@@ -94,12 +94,12 @@ def bare(model: torch.nn.Module) -> GPT:
 
 def agree(value):
     """On every rank the value of the lowest rank that has one, None if none has; all wait for each other here."""
-    if world() == 1:
+    if world_size() == 1:
         return value
-    first = torch.tensor(world() if value is None else rank())
+    first = torch.tensor(world_size() if value is None else rank())
     dist.all_reduce(first, dist.ReduceOp.MIN)
     box = [value]
-    if first < world():
+    if first < world_size():
         dist.broadcast_object_list(box, src=int(first))
     return box[0]
 
@@ -129,6 +129,6 @@ def rank_0_first() -> Iterator[None]:
 def mean(measured: dict[str, Tensor]) -> dict[str, float]:
     """Scalars averaged over the ranks."""
     values = torch.stack(list(measured.values())).cpu().double()
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
-    return dict(zip(measured, (values / world()).tolist()))
+    return dict(zip(measured, (values / world_size()).tolist()))

@@ -126,7 +126,7 @@ def _at(tokens: Tensor, x: Tensor) -> Tensor:
 
 
 def objective(world: World, divergence: Divergence, kind: str, theta: Tensor | None = None) -> Tensor:
-    """The objective of this kind (see the file's head) at θ, in nats, a differentiable scalar.
+    """The objective of this kind (see the file's head) at θ, a differentiable scalar.
 
     For "prefix" the prefixes stay distributed as the student of world.theta visits them, whatever θ is.
     Raises ValueError unless kind is one of prefix, return, sequence.

@@ -19,7 +19,7 @@ from nano_opd.divergences import Divergence
 def loss(
     student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, divergence: Divergence, stop_gradient: bool = False
 ) -> Tensor:
-    """Mean over the B responses of the summed per-prefix divergence, a scalar in nats.
+    """Mean over the B responses of the summed per-prefix divergence, a scalar.
 
     student_logits  (B, R, V), differentiable
     teacher_logits  (B, R, V)
@@ -36,6 +36,6 @@ def loss(
     f = divergence.f(log_u)  # (B, R, V)
     if stop_gradient:
         f = f.detach()  # drops p ∇f(u) = −u f′(u) ∇p: the whole difference between OPD and OPD+
-    loss = (student_logp.exp() * f).sum() / len(mask)
-    require_no_nan("divergence", loss)
-    return loss
+    total = (student_logp.exp() * f).sum() / len(mask)
+    require_no_nan("divergence", total)
+    return total

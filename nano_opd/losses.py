@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nano_opd import arithmetic, distributed, divergences, gkd, grpo, opd, opdplus, opsd, policy_gradient, rlsd
-from nano_opd.config import SAMPLED, Config
+from nano_opd.config import Config
 from nano_opd.evaluate import prompts_of, reasoning_span, rewards
 from nano_opd.gpt import GPT, logprobs_of
 from nano_opd.rollout import Rollout, response_logits, response_logprobs
@@ -16,9 +16,10 @@ from nano_opd.streams import numpy_stream
 
 def distillation_loss(cfg: Config, student: GPT, teacher: GPT, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
     """score → advantage: the loss of gkd, opd or opdplus on a batch of rollouts, and what was measured on the way."""
-    divergence, mask, scored = divergences.get(cfg.divergence), rollout.mask, (rollout.tokens, rollout.prompt_length)
-    estimator, baseline, measured = {"opd": opd, "opdplus": opdplus}.get(cfg.method), None, {}
-    if cfg.method in SAMPLED and cfg.variance == "sampled":  # the log-probs of what was sampled are enough
+    divergence, mask, measured = divergences.get(cfg.divergence), rollout.mask, {}
+    scored, baseline = (rollout.tokens, rollout.prompt_length), None
+    estimator = {"opd": opd, "opdplus": opdplus}.get(cfg.method)  # gkd has none: it sums over the vocabulary
+    if estimator and cfg.variance == "sampled":  # the log-probs of what was sampled are enough
         student_logp = response_logprobs(student, *scored)  # (B, R)
         with torch.no_grad():
             teacher_logp = response_logprobs(teacher, *scored)
@@ -26,7 +27,7 @@ def distillation_loss(cfg: Config, student: GPT, teacher: GPT, rollout: Rollout)
         student_logits = response_logits(student, *scored).float()  # (B, R, V)
         with torch.no_grad():
             teacher_logits = response_logits(teacher, *scored).float()
-        if cfg.method == "gkd" or cfg.variance == "full":
+        if not estimator or cfg.variance == "full":
             return gkd.loss(student_logits, teacher_logits, mask, divergence, stop_gradient=cfg.method == "opd"), {}
         student_logp, teacher_logp = (logprobs_of(rollout.responses, z) for z in (student_logits, teacher_logits))
         baseline = estimator.exact_baseline(student_logits, teacher_logits, divergence)
@@ -39,7 +40,7 @@ def distillation_loss(cfg: Config, student: GPT, teacher: GPT, rollout: Rollout)
     return policy_gradient.loss(student_logp, advantage, mask, cfg.normalize), measured
 
 
-def reward_loss(
+def privileged_loss(
     cfg: Config, step: int, student: GPT, teacher: GPT, rollout: Rollout, batch: list[arithmetic.Problem]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """score → advantage: the loss of grpo, opsd, grpo+opsd or rlsd, whose teacher is a copy of the student."""
@@ -54,8 +55,7 @@ def reward_loss(
         with torch.no_grad():
             teacher_logits = response_logits(teacher, *view).float()
     if cfg.method in ("opsd", "grpo+opsd"):
-        coef = 1.0 if cfg.method == "opsd" else cfg.opsd_coef
-        loss = coef * opsd.loss(student_logits, teacher_logits, mask, divergences.get(cfg.divergence))
+        loss = cfg.opsd_coef * opsd.loss(student_logits, teacher_logits, mask, divergences.get(cfg.divergence))
     if cfg.method != "opsd":
         R = rewards(batch, rollout)  # (B,)
         A = grpo.advantage(R, cfg.group_size, normalize_std=cfg.loss_type == "grpo")

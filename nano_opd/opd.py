@@ -52,7 +52,7 @@ def exact_baseline(student_logits: Tensor, teacher_logits: Tensor, divergence: D
 
     student_logits, teacher_logits  (B, R, V)
 
-    Raises ValueError when their shapes differ, or the sum is NaN: below p = e^−88, u = ∞ in float32.
+    Raises ValueError when their shapes differ, or the sum is NaN: a p below e^−103 is 0 in float32, and its u = ∞.
     """
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     student_logp = student_logits.detach().log_softmax(-1)  # drops nothing: a baseline is a constant

@@ -8,7 +8,8 @@ responses the two are brought together over the whole vocabulary, the teacher's 
 Source: arXiv 2601.18734. What differs from the paper: any f-divergence; the teacher's weights are frozen, synced every
 N updates, or live.
 
-Why it leaks (arXiv 2604.03128): the student cannot see r, so its best is the mean over r, and this much remains:
+Why it leaks (arXiv 2604.03128): the student cannot see r. Under forward KL its best is the mean over r, and this much
+remains (another f has another best and another rest, which is zero when this is):
 
     I(Y_n; R | X, Y_<n)  =  E_r KL( P_T(·|s, r) ‖ E_r′ P_T(·|s, r′) )
 
@@ -40,7 +41,7 @@ def privileged_view(tokens: Tensor, prompt_length: int, privileged_prompts: Tens
 
 
 def loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, divergence: Divergence) -> Tensor:
-    """Mean over the B responses of the summed divergence of the views, a scalar in nats; arguments as gkd.loss.
+    """Mean over the B responses of the summed divergence of the views, a scalar; arguments as gkd.loss.
 
     student_logits (B, R, V) without r, differentiable; teacher_logits (B, R, V) with r
     """

@@ -62,7 +62,7 @@ def training_curves(rows: Sequence[dict], eval_size: int, response_cap: int, tit
 
 
 def read_results(path: Path | str) -> dict[str, list[list[dict]]]:
-    """A file of notebooks/results: arm → one list of rows per seed, as `seed_curves` takes them; None for no number."""
+    """A file of notebooks/results: arm → one list of rows per seed, as `seed_panels` takes them; None for no number."""
     results: dict[str, dict[str, list[dict]]] = {}
     with open(path) as file:
         for row in csv.DictReader(file):
@@ -72,39 +72,24 @@ def read_results(path: Path | str) -> dict[str, list[list[dict]]]:
     return {arm: list(seeds.values()) for arm, seeds in results.items()}
 
 
-def seed_curves(results: dict[str, list[list[dict]]], columns: dict[str, str], cap: int | None = None) -> Figure:
-    """One panel per column of metrics.csv: each arm's mean over its seeds with the 95 % interval of that mean.
-
-    results  arm → one list of rows per seed, measured at the same steps
-    columns  column → label of its axis
-    cap      drawn as a dashed line where the column is response_length
-    """
-    figure = Figure(figsize=(4.2 * min(3, len(columns)), 3.2 * -(-len(columns) // 3)), layout="constrained")
-    axes = figure.subplots(-(-len(columns) // 3), min(3, len(columns)), squeeze=False).flatten()
-    for ax, (column, label) in zip(axes, columns.items()):
-        _bands(ax, results, column)
-        if cap is not None and column == "response_length":
-            ax.axhline(cap, color="black", linestyle="--", linewidth=0.8)
-        ax.set(xlabel="update", ylabel=label)
-        ax.grid(alpha=0.3)
-    for ax in axes[len(columns) :]:
-        ax.set_axis_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2 * min(3, len(columns)))
-    return figure
-
-
 def seed_panels(
-    panels: dict[str, dict[str, list[list[dict]]]], column: str | Sequence[str], ylabel: str | Sequence[str], x="step"
+    panels: dict[str, dict[str, list[list[dict]]]],
+    column: str | Sequence[str],
+    ylabel: str | Sequence[str] = "",
+    x: str = "step",
+    columns: int | None = None,
 ) -> Figure:
-    """One panel per title, results as in `seed_curves`; one column (and label) for all of them or one for each.
+    """One panel per title: each arm's mean over its seeds with the 95 % interval of that mean.
 
     An arm without seeds is not drawn, and keeps its colour for the other panels.
 
-    x  "step" or "rollouts", the horizontal axis
+    panels  title → arm → one list of rows per seed, measured at the same steps
+    column  of metrics.csv, for all panels or one for each
+    x       "step" or "rollouts", the horizontal axis
     """
-    figure, axes = _axes(list(panels), ylabel, 3.0)
-    columns = [column] * len(panels) if isinstance(column, str) else column
-    for ax, results, name in zip(axes, panels.values(), columns):
+    figure, axes = _axes(list(panels), ylabel, 3.0, columns)
+    names = [column] * len(panels) if isinstance(column, str) else column
+    for ax, results, name in zip(axes, panels.values(), names):
         _bands(ax, results, name, x)
         ax.set(xlabel={"step": "update", "rollouts": "rollouts"}[x])
         if name == "accuracy":
@@ -114,6 +99,11 @@ def seed_panels(
     ncols = 5 if sum(map(len, labels)) < 80 else 3
     figure.legend([drawn[label] for label in labels], labels, loc="outside upper center", ncols=ncols)
     return figure
+
+
+def seed_curves(results: dict[str, list[list[dict]]], columns: dict[str, str]) -> Figure:
+    """The same arms in every panel, one panel per column of metrics.csv: {column: title}, three in a row."""
+    return seed_panels(dict.fromkeys(columns.values(), results), list(columns), columns=min(3, len(columns)))
 
 
 def _bands(ax, results: dict[str, list[list[dict]]], column: str, x: str = "step") -> None:

@@ -8,7 +8,7 @@ The model that has seen a reference r scores the response of the model that has 
 
 A right response is credited most where knowing r makes the token likelier; a wrong one is blamed most where knowing r
 makes it less likely. w > 0, so Â never changes the sign of A: the teacher says how much, never which way, and what only
-a reader of r would do is rewarded no more than the verifier rewards it.
+a reader of r would do is rewarded in right responses alone, there at most 1 + λ ε_w times as much.
 
 Source: "Self-Distilled RLVR", arXiv 2604.03128, §3, with the options of its public code. What differs from the paper:
 the divisor of the loss is the constant B (grpo.py).

@@ -98,6 +98,19 @@ def sample(
     return Rollout(tokens, P, mask, logp)
 
 
+def response_logits(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:
+    """Logits (B, R, V) from which each response token was drawn: position n of the response is predicted at P+n−1."""
+    return model(tokens[:, :-1], logits_from=prompt_length - 1)
+
+
+def response_logprobs(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:
+    """log-probs (B, R) float32, in nats, of the response tokens from one full forward; differentiable.
+
+    tokens (B, P+R). Positions after the EOS hold the log-prob of PAD and mean nothing: mask them.
+    """
+    return model(tokens[:, :-1], logits_from=prompt_length - 1, targets=tokens[:, prompt_length:])
+
+
 class _State(NamedTuple):
     """What a rollout is written to while it grows."""
 
@@ -123,6 +136,20 @@ def _extend(model: GPT, state: _State, P: int, first: int, temperature: float, t
         token = _draw(logp, state.uniform[n], temperature, top_k)  # (B, 1)
         state.tokens[:, P + n : P + n + 1] = token
         state.logp[:, n : n + 1] = logp.gather(1, token)
+
+
+def _draw(logp: Tensor, uniform: Tensor, temperature: float, top_k: int | None) -> Tensor:
+    """One token per row, (B, 1): the first whose cumulative probability reaches 1 − `uniform` (B, 1), in (0, 1]."""
+    if temperature == 0:
+        return logp.argmax(-1, keepdim=True)
+    if temperature != 1:
+        logp = (logp / temperature).log_softmax(-1)
+    if top_k is not None:
+        kth = logp.topk(min(top_k, logp.shape[-1])).values[:, -1:]
+        logp = logp.masked_fill(logp < kth, -torch.inf)
+    cdf = logp.exp().cumsum(-1)  # (B, V)
+    token = torch.searchsorted(cdf, (1 - uniform) * cdf[:, -1:])  # never of probability 0, since 1 − uniform > 0
+    return token.clamp_(max=logp.shape[-1] - 1)  # NaN has no place; it is reported with its step
 
 
 def _eager(model: GPT, sizes: tuple[int, int, int], *options) -> tuple[_State, Callable[[int], None]]:
@@ -162,30 +189,3 @@ def _captured(model: GPT, sizes: tuple[int, int, int], *options) -> tuple[_State
         of_model[key] = state, graphs  # not `extend`, which would keep the model, and so this entry, forever
     state, graphs = of_model[key]
     return state, lambda first: graphs[first].replay()
-
-
-def _draw(logp: Tensor, uniform: Tensor, temperature: float, top_k: int | None) -> Tensor:
-    """One token per row, (B, 1): the first whose cumulative probability reaches `uniform` (B, 1), from [0, 1)."""
-    if temperature == 0:
-        return logp.argmax(-1, keepdim=True)
-    if temperature != 1:
-        logp = (logp / temperature).log_softmax(-1)
-    if top_k is not None:
-        kth = logp.topk(min(top_k, logp.shape[-1])).values[:, -1:]
-        logp = logp.masked_fill(logp < kth, -torch.inf)
-    cdf = logp.exp().cumsum(-1)  # (B, V)
-    token = torch.searchsorted(cdf, (1 - uniform) * cdf[:, -1:])  # never of probability 0, since 1 − uniform > 0
-    return token.clamp_(max=logp.shape[-1] - 1)  # NaN has no place; it is reported with its step
-
-
-def response_logits(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:
-    """Logits (B, R, V) from which each response token was drawn: position n of the response is predicted at P+n−1."""
-    return model(tokens[:, :-1], logits_from=prompt_length - 1)
-
-
-def response_logprobs(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:
-    """log-probs (B, R) float32, in nats, of the response tokens from one full forward; differentiable.
-
-    tokens (B, P+R). Positions after the EOS hold the log-prob of PAD and mean nothing: mask them.
-    """
-    return model(tokens[:, :-1], logits_from=prompt_length - 1, targets=tokens[:, prompt_length:])

@@ -30,7 +30,7 @@ class RunFolderError(ValueError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM arrived, and everything is saved."""
+    """Ctrl-C or SIGTERM arrived; the loop has saved everything, an unfinished warm start nothing."""
 
 
 class StopRequest:
@@ -161,7 +161,7 @@ def report(
     print(f"  pass@4                   {pass_at_k(correct, 4):.3f} at the end")
     print(
         f"  {'with its reference' if cfg.privileged else 'the teacher'}, sampled".ljust(27)
-        + f"{proportion(teacher_correct.float().mean().item())}"
+        + proportion(teacher_correct.float().mean().item())
     )
 
     print("\nfive sampled answers, wrong ones first:")

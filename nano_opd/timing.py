@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nano_opd import policy_gradient, sft
 from nano_opd.config import Config
-from nano_opd.device import fused
+from nano_opd.device import compiled
 from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.losses import distillation_loss
 from nano_opd.rollout import response_logprobs, sample
@@ -51,7 +51,7 @@ def phases(
     As train.py runs them: products in `dtype`, score and update through torch.compile on a GPU.
     """
     student.precision = teacher.precision = dtype
-    scorer, judge = fused("auto", student), fused("auto", teacher)
+    scorer, judge = compiled("auto", student), compiled("auto", teacher)
     device, cfg, optimizer = student.device, Config(), sft.adamw(student, 0.0)  # lr 0: no update changes the next
     prompts = torch.randint(VOCAB_SIZE, (B, prompt), device=device)
     tokens = sample(student, prompts, response).tokens

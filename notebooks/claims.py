@@ -87,9 +87,9 @@ class Claim:
     def verdict(self, differences: list[float], p: float) -> str:
         """In words, from the corrected p-value."""
         mean, low, high = mean_interval(differences)
-        if self.expected:
-            return "not seen here" if not p < 0.05 else "seen" if mean * self.expected > 0 else "the opposite is seen"
-        return "seen" if p < 0.05 else "no difference seen" if low <= 0 <= high else "the opposite is seen"
+        if p < 0.05:
+            return "the opposite is seen" if mean * self.expected < 0 else "seen"
+        return "not seen here" if self.expected or not low <= 0 <= high else "no difference seen"
 
     def size(self, differences: list[float]) -> str:
         """Mean and interval; of log ratios, as ratios."""
@@ -309,8 +309,8 @@ def figures(folder: Path) -> dict[str, Figure]:
 def minus(seeds: list[list[dict]], others: list[list[dict]]) -> list[list[dict]]:
     """Accuracy minus that of another arm, seed by seed and step by step."""
     return [
-        [{"step": row["step"], "difference": row["accuracy"] - other["accuracy"]} for row, other in zip(*pair)]
-        for pair in zip(seeds, others)
+        [{"step": row["step"], "difference": row["accuracy"] - other["accuracy"]} for row, other in zip(*both)]
+        for both in zip(seeds, others)
     ]
 
 

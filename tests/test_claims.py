@@ -100,7 +100,7 @@ def test_moments_and_differences():
         (+1, [0.3, 0.3], "not seen here"),  # no spread, and two seeds are too few for a sign test
         (0, [0.001, -0.002, 0.001, 0.0], "seen"),
         (0, [0.10, -0.12, 0.03, 0.0], "no difference seen"),
-        (0, [0.30, 0.31, 0.29, 0.30], "the opposite is seen"),
+        (0, [0.30, 0.31, 0.29, 0.30], "not seen here"),
     ],
 )
 def test_verdicts(expected, differences, verdict):

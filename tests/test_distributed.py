@@ -156,7 +156,7 @@ def test_every_rank_has_the_gradient_of_one_process_on_all_their_rollouts(arm, s
             slots = sum([part.get("draw_references", []) for part in parts], [])
             monkeypatch.setattr(losses, "rewards", lucky)
             monkeypatch.setattr(arithmetic, "draw_references", lambda *_: slots)
-            loss, _ = losses.reward_loss(cfg, 3, student, teacher.requires_grad_(False), rollout, batch)
+            loss, _ = losses.privileged_loss(cfg, 3, student, teacher.requires_grad_(False), rollout, batch)
         else:
             loss, _ = losses.distillation_loss(cfg, student, teacher.requires_grad_(False), rollout)
     loss.backward()

@@ -136,8 +136,8 @@ def test_bfloat16_multiplies_coarsely_and_keeps_float32_logprobs(tokens):
 
 def test_the_compiled_model_is_the_model(tokens):
     model = GPT(GPTConfig(vocab_size=11, block_size=20, n_layer=1, n_head=2, n_embd=8))
-    assert device.fused("auto", model) is model and device.fused("off", model) is model  # on a CPU
-    compiled = device.fused("on", copy.deepcopy(model))
+    assert device.compiled("auto", model) is model and device.compiled("off", model) is model  # on a CPU
+    compiled = device.compiled("on", copy.deepcopy(model))
     want, got = (m(tokens[:, :-1], logits_from=3, targets=tokens[:, 4:]) for m in (model, compiled))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     for logp in (want, got):
