@@ -199,6 +199,8 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
         try:
             train.main(run.arguments)
         except SystemExit as end:
+            if end.code > 2:  # interrupted: this process would begin the run that it was handed in advance
+                os._exit(end.code)
             if end.code != 1:
                 command = " ".join(["python train.py", *run.arguments])
                 raise RuntimeError(f"{command}\n{said.getvalue()}") from None

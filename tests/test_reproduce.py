@@ -1,7 +1,12 @@
 """The driver of the multi-seed results: every arm's command parses, and what is complete is not run again."""
 
 import csv
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import reproduce
@@ -80,3 +85,27 @@ def test_a_folder_of_another_run_a_refused_one_and_a_diverging_one(tiny):
     (tiny.out / "tiny" / "rlsd" / "rlsd-add1-seed0").write_text("a file where the run's folder should be")
     with pytest.raises(SystemExit, match="reproduce.py: python train.py .*\n.*cannot make"):
         tiny(rlsd="--method rlsd")
+
+
+def test_an_interrupt_ends_the_runs_in_hand_and_begins_no_other(tmp_path):
+    lines = f"""
+import sys
+import reproduce
+reproduce.QUICK = ""
+arms = {{str(n): f"--method grpo --seed {{n}}" for n in range(4)}}
+reproduce.EXPERIMENTS = {{"long": reproduce.Experiment("{TINY} --steps 100000 --eval-every 2", arms, 1, 1)}}
+sys.argv = ["reproduce.py", "--quick", "--jobs", "1", "--out-dir", "{tmp_path}"]
+if __name__ == "__main__":
+    reproduce.main()
+"""
+    (tmp_path / "start.py").write_text(lines)
+    begun = lambda: sorted(path.parent.name for path in tmp_path.glob("quick/long/*/*/checkpoint.pt"))
+    environment = os.environ | {"PYTHONPATH": str(Path(reproduce.__file__).parent)}
+    command = [sys.executable, str(tmp_path / "start.py")]
+    with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE) as process:
+        while not begun():
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the driver and its processes
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 1 and b"The same command continues" in said and len(begun()) == 1
