@@ -197,7 +197,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, torch.device
     parser.add_argument("--peers", action="store_true", help="sampling beside other people's")
     parser.add_argument("--precision", action="store_true", help="from which width on bfloat16 is faster")
     parser.add_argument("--scaling", action="store_true", help="cost against response length and batch; a figure")
-    parser.add_argument("--large", action="store_true", help="6×384 on a CPU too")
+    parser.add_argument("--large", action="store_true", help="6×384 and 12×768 on a CPU too")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 by autocast")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
     dtype, gpu = getattr(torch, args.dtype), device.type == "cuda"
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    sizes = SIZES if gpu else SIZES[: 2 + args.large]
+    sizes = SIZES if gpu or args.large else SIZES[:2]
     speeds = [(*size, B) for size in sizes for B in ((128, 512, 1024, 4096) if gpu else (128,))]
     axes = {"length": [2**n for n in range(4, 10)], "batch": [2**n for n in range(4, 11)]}
     copy_rate = timing.bandwidth(device) if gpu else np.inf
