@@ -171,6 +171,8 @@ CLAIMS = {
         *(Claim(name, name, "grpo", +1) for name in reproduce.EXPERIMENTS["rlsd_clip"].arms),
         Claim("λ=1, ε_w=10, worked reference", "λ=1, ε_w=10, work", "grpo", +1),
     ],
+    # the largest of them, tested once on seeds that had no part in finding it
+    "confirm": [Claim("sync 50, fresh seeds", "rlsd, sync 50, fresh seeds", "grpo, fresh seeds", +1)],
 }
 DENSE = {
     "OPD+, JSD, sampled token": JSD[1],
