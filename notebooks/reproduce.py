@@ -79,25 +79,25 @@ EXPERIMENTS = {
         seeds=5,
         seconds=80,
     ),
-    "divergences": Experiment(EVALUATION + " --steps 200", sampled(DIVERGENCES[3:]), seeds=3, seconds=42),
+    "divergences": Experiment(EVALUATION + " --steps 200", sampled(DIVERGENCES[3:]), seeds=5, seconds=42),
     "variance": Experiment(  # the sampled token, and the baseline of jsd, are in opd; gkd is opdplus with full
         EVALUATION,
         {k: v for d in ("jsd", "forward_kl") for m in ("opdplus", "opd") for k, v in arm(m, d, "full").items()},
-        seeds=3,
-        seconds=80,
+        seeds=5,
+        seconds=62,
     ),
     "gamma": Experiment(  # γ = 0 is in opd
         EVALUATION + " --variance sampled",
         {f"opdplus, jsd, γ={gamma}": f"--method opdplus --gamma {gamma}" for gamma in ("0.5", "1")}
         | {f"{m}, reverse_kl, γ=1": f"--method {m} --divergence reverse_kl --gamma 1" for m in ("opd", "opdplus")},
         seeds=5,
-        seconds=80,
+        seconds=66,
     ),
     "baselines": Experiment(  # with the rollouts of opd; GRPO has its slot prompt, and a start that solves something
         EVALUATION,
         {"sft": "--method sft", "grpo, 400 × 128": "--method grpo --student-steps 210 --lr 4e-4"},
         seeds=5,
-        seconds=75,
+        seconds=53,
     ),
     "rlsd": Experiment(
         PRIVILEGED,
@@ -109,32 +109,32 @@ EXPERIMENTS = {
             "rlsd, shuffled": "--method rlsd --reference shuffled",
         },
         seeds=5,
-        seconds=60,
+        seconds=62,
     ),
     "rlsd_clip": Experiment(
         PRIVILEGED,
         {f"λ=1, ε_w={eps}": f"--method rlsd --lam 1 --eps-w {eps}" for eps in ("0.2", "1", "10")},
         seeds=5,
-        seconds=60,
+        seconds=59,
     ),
     "rlsd_work": Experiment(
         PRIVILEGED + " --reference work",
         {"opsd, work": "--method opsd", "λ=1, ε_w=10, work": "--method rlsd --lam 1 --eps-w 10"},
         seeds=5,
-        seconds=60,
+        seconds=57,
     ),
     "rlsd_search": Experiment(
         PRIVILEGED,
         {f"{m}, {name}": f"--method {m} {flags}" for name, flags in BOTH.items() for m in ("grpo", "rlsd")}
         | {f"rlsd, {name}": f"--method rlsd {flags}" for name, flags in RLSD_ONLY.items()},
         seeds=3,
-        seconds=62,
+        seconds=60,
     ),
     "rlsd_confirm": Experiment(  # what the search found most, on seeds that had no part in finding it
         PRIVILEGED,
         {"grpo, fresh seeds": "--method grpo", "rlsd, sync 50, fresh seeds": "--method rlsd --teacher-sync 50"},
         seeds=8,
-        seconds=60,
+        seconds=55,
         first_seed=5,
     ),
 }
