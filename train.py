@@ -99,8 +99,7 @@ def update(cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip or float("inf"))
         require_finite("norm of its gradient", grad_norm, likely)
         optimizer.step()
-    # drops nothing: the step has been taken, and this is its number
-    return distributed.mean({"loss": loss.detach(), "grad_norm": grad_norm, **measured})
+    return distributed.mean({"loss": loss.detach(), "grad_norm": grad_norm, **measured})  # drops nothing: only logged
 
 
 def train(cfg: Config, student: GPT, teacher: GPT, stop: runs.StopRequest) -> list[dict]:

@@ -1,5 +1,6 @@
 """The driver of the multi-seed results: every arm's command parses, and what is complete is not run again."""
 
+import contextlib
 import csv
 import os
 import signal
@@ -103,9 +104,13 @@ if __name__ == "__main__":
     environment = os.environ | {"PYTHONPATH": str(Path(reproduce.__file__).parent)}
     command = [sys.executable, str(tmp_path / "start.py")]
     with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE) as process:
-        while not begun():
-            assert process.poll() is None
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the driver and its processes
-        _, said = process.communicate(timeout=120)
+        try:
+            while not begun():
+                assert process.poll() is None
+                time.sleep(0.1)
+            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the driver and its processes
+            _, said = process.communicate(timeout=120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # a run that went on would go on for hours
     assert process.returncode == 1 and b"The same command continues" in said and len(begun()) == 1

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
 from nano_opd import checkpoint, config, losses, runs
@@ -72,6 +73,21 @@ def test_a_run_leaves_its_four_files(finished):
     )
     assert set(named.split()) <= set(rows[0])
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_learning_rate_rises_for_a_tenth_of_the_updates_and_falls_to_zero(tmp_path):
+    rates = []
+
+    def note(optimizer, *_):
+        if optimizer.defaults["lr"] == 0.003:  # not a warm start's
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        run(tmp_path, "--lr", "0.003", "--steps", "20")
+    finally:
+        hook.remove()
+    assert rates == pytest.approx([0.0015] + [0.003 * (1 - n / 20) for n in range(1, 20)])
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
