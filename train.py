@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nano_opd import arithmetic, checkpoint, distributed, runs, sft
 from nano_opd.checks import NumericalFault, require_finite
 from nano_opd.config import Config, parse
-from nano_opd.device import compiled, keep_freed_memory, precision, resolve
+from nano_opd.device import compiled, compiles, keep_freed_memory, precision, resolve
 from nano_opd.evaluate import evaluate, prompts_of, sampled_correct, slots_of
 from nano_opd.gpt import GPT
 from nano_opd.losses import distillation_loss, privileged_loss
@@ -68,7 +68,8 @@ def objective(cfg: Config, step: int, student: GPT, teacher: GPT) -> Callable[[]
         return lambda: (sft.loss(student, tokens, cfg.prompt_length), {})
     slots = slots_of(batch, "blank") if cfg.privileged else None
     generator = torch_stream(cfg.seed, distributed.own("rollout"), step, student.device)
-    rollout = sample(distributed.unwrap(student), prompts_of(batch, student.device, slots), cfg.response_cap, generator)
+    prompts, fused = prompts_of(batch, student.device, slots), compiles(cfg.compile, student.device)
+    rollout = sample(distributed.unwrap(student), prompts, cfg.response_cap, generator, compiled=fused)
     if not cfg.privileged:
         return lambda: distillation_loss(cfg, student, teacher, rollout)
     if cfg.epochs > 1:  # p_old from a full forward, so that the first epoch's ratio is 1 (compiled, up to rounding)

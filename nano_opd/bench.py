@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nano_opd import plots, timing
-from nano_opd.device import keep_freed_memory, resolve
+from nano_opd.device import has_compiler, keep_freed_memory, resolve
 from nano_opd.gpt import logprobs_of
 from nano_opd.rollout import response_logits, response_logprobs, sample
 
@@ -29,18 +29,23 @@ RESULTS = Path(__file__).parents[1] / "notebooks" / "results"
 def speed(
     layers: int, width: int, B: int, device: torch.device, dtype: torch.dtype, copy_rate: float, seconds: float = 8
 ) -> list[dict]:
-    """One row for each phase. Tokens are response tokens; memory is counted beyond weights and optimizer."""
+    """One row for each phase and --compile. Tokens are response tokens; memory is beyond weights and optimizer."""
     student, teacher = timing.new_pair(layers, width, P + R, device)
-    runs, passes = timing.phases(student, teacher, B, P, R, dtype), timing.phase_products(student, teacher, B, P, R)
-    floors = {f"{name} floor": timing.floor(products, device, dtype) for name, products in passes.items()}
-    times, rows = timing.take_turns(runs | floors, device, seconds), []
-    for name, run in runs.items():
+    passes = timing.phase_products(student, teacher, B, P, R)
+    runs = {(name, "floor"): timing.floor(products, device, dtype) for name, products in passes.items()}
+    for way in ("off", "on") if has_compiler(device) else ("off",):
+        work = timing.phases(student, teacher, B, P, R, dtype, way)
+        runs |= {(name, way): run for name, run in work.items()}
+    times, rows = timing.take_turns(runs, device, seconds), []
+    for (name, way), run in runs.items():
+        if way == "floor":
+            continue
         to_read = sum(b * k * n for products in passes[name] for b, m, k, n in products) * dtype.itemsize
-        lowest = np.maximum(times[f"{name} floor"], to_read / copy_rate)
+        taken, lowest = times[name, way], np.maximum(times[name, "floor"], to_read / copy_rate)
         calls, peak = timing.observe(run, device)
-        row = {"size": f"{layers}×{width}", "B": B, "phase": name}
-        row |= {"tokens/s": round(B * R / np.median(times[name])), "ms": 1e3 * np.median(times[name])}
-        row |= {"floor, ms": 1e3 * np.median(lowest), "time / floor": timing.paired_ratio(times[name], lowest)}
+        row = {"size": f"{layers}×{width}", "B": B, "phase": name, "compile": way}
+        row |= {"tokens/s": round(B * R / np.median(taken)), "ms": 1e3 * np.median(taken)}
+        row |= {"floor, ms": 1e3 * np.median(lowest), "time / floor": timing.paired_ratio(taken, lowest)}
         row |= {"calls": calls, "calls per token": calls / R if name == "rollout" else None}
         rows.append(row | {"peak, MB": peak})
     return rows
@@ -92,8 +97,10 @@ def generators(
             tokens = torch.cat([tokens, probs.multinomial(1)], dim=1)
         return tokens
 
-    return {
-        "sample": lambda: sample(model, prompts, R).tokens,
+    ours = {"sample": lambda: sample(model, prompts, R).tokens}
+    if device.type == "cpu" and has_compiler(device):
+        ours["sample, compiled"] = lambda: sample(model, prompts, R, compiled=True).tokens
+    return ours | {
         "the same without a cache": without_cache,
         "Hugging Face generate": lambda: gpt2.generate(prompts, attention_mask=torch.ones_like(prompts), **knobs),
     }
@@ -102,10 +109,12 @@ def generators(
 def peers(layers: int, width: int, B: int, device: torch.device, dtype: torch.dtype, seconds: float = 8) -> list[dict]:
     """One row for each way to generate; the ratio is of tokens per second, ours over theirs."""
     times, rows = timing.take_turns(generators(layers, width, B, device, dtype), device, seconds), []
+    ours = [name for name in times if name.startswith("sample")]
     for name, taken in times.items():
-        ratio = timing.paired_ratio(taken, times["sample"]) if name != "sample" else None
         row = {"size": f"{layers}×{width}", "B": B, "generation": name, "tokens/s": round(B * R / np.median(taken))}
-        rows.append(row | {"ours / theirs": ratio})
+        for mine in ours:
+            row[f"{mine} / this"] = timing.paired_ratio(taken, times[mine]) if name not in ours else None
+        rows.append(row)
     return rows
 
 

@@ -34,19 +34,33 @@ def precision(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
 
 
-def compiled(name: str, model: torch.nn.Module) -> torch.nn.Module:
-    """The model through torch.compile for "on", or for "auto" on a GPU; else as it is, with the same numbers.
+def compiles(name: str, device: torch.device) -> bool:
+    """Whether --compile `name` asks for torch.compile: "on" does, and "auto" on a GPU.
 
-    The kernels between two matrix products become one. That takes half a minute at the start, which a run of minutes
-    on a CPU does not earn back.
+    The operators between two matrix products become one kernel: a step of the default run takes two thirds of the time.
+    Making the kernels takes a minute, which a run of minutes on a CPU does not earn back.
     """
-    wanted = name == "on" or (name == "auto" and model.device.type == "cuda")
-    return torch.compile(model, dynamic=False) if wanted else model
+    return name == "on" or (name == "auto" and device.type == "cuda")
+
+
+def compiled(name: str, model: torch.nn.Module) -> torch.nn.Module:
+    """The model as it is or, if --compile `name` asks for it, through torch.compile."""
+    if not compiles(name, model.device):
+        return model
+    if model.device.type == "cpu":  # or threads would add to the embedding's gradient in any order: other bits each run
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    return torch.compile(model, dynamic=False)
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile can make kernels: for a CPU it needs a C++ compiler."""
+    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "c++")) is not None
 
 
 def require_compiler(name: str, device: torch.device) -> None:
-    """Raises ValueError where --compile `name` asks for kernels on a CPU and there is no C++ compiler to make them."""
-    if name == "on" and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "c++")):
+    """Raises ValueError where --compile `name` asks for kernels that cannot be made."""
+    if compiles(name, device) and not has_compiler(device):
         raise ValueError(f"{device} with --compile on: needs a C++ compiler, and none is on the path; leave it out")
 
 

@@ -49,6 +49,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     if T > 64:  # long enough for flash attention, which never builds the (T, S) scores, to be the quicker one
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    if T == 1:  # products with one row, which torch.compile turns into loops over keys and values
+        return ((q * D**-0.5 @ k.transpose(1, 2) + mask).softmax(-1) @ v).view(B, H, T, D)
     return (torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D**-0.5).softmax(-1) @ v).view(B, H, T, D)
 
 
@@ -63,15 +65,17 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(C, 4 * C, bias=False)
         self.mlp_out = nn.Linear(4 * C, C, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor, B: int, cache: Tensor | None, start: int) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor, B: int, cache: tuple[Tensor, Tensor] | None, at: slice | Tensor
+    ) -> Tensor:
         N, C = x.shape  # N = B·T tokens, row by row: a product of two matrices is quicker than one of three axes
         qk, v = self.qkv(norm(x)).split([2 * C, C], dim=1)
         q, k = norm(qk.view(N, 2, C)).unbind(1)
         q, k, v = (h.view(B, N // B, self.n_head, -1).transpose(1, 2) for h in (q, k, v))  # (B, H, T, D)
         if cache is not None:
-            cache[0, :, :, start : start + N // B] = k
-            cache[1, :, :, start : start + N // B] = v
-            k, v = cache[:, :, :, : mask.shape[1]]
+            for kept, new in zip(cache, (k, v)):
+                kept[:, :, at] = new
+            k, v = (kept[:, :, : mask.shape[1]] for kept in cache)
         y = attend(q, k, v, mask)
         x = x + self.attention_out(y.transpose(1, 2).reshape(N, C))
         return x + self.mlp_out(F.gelu(self.mlp_in(norm(x))))
@@ -121,18 +125,24 @@ class GPT(nn.Module):
         """Where the weights are."""
         return self.embedding.weight.device
 
-    def new_cache(self, batch_size: int, length: int) -> Tensor:
-        """An empty static cache: (layers, 2, B, H, T, D)."""
+    def new_cache(self, batch_size: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """An empty static cache: keys and values of each layer, both (B, H, T, D) with T = `length` positions.
+
+        Raises ValueError when the length does not fit in block_size.
+        """
         c = self.config
-        shape = (c.n_layer, 2, batch_size, c.n_head, length, c.n_embd // c.n_head)
+        if length > c.block_size:
+            raise ValueError(f"{length} tokens do not fit in block_size {c.block_size}")
+        shape = (batch_size, c.n_head, length, c.n_embd // c.n_head)
         dtype = self.embedding.weight.dtype if self.precision == torch.float32 else self.precision
-        return self.embedding.weight.new_zeros(shape, dtype=dtype)
+        new = partial(self.embedding.weight.new_zeros, shape, dtype=dtype)
+        return [(new(), new()) for _ in self.blocks]
 
     def forward(
         self,
         tokens: Tensor,
-        cache: Tensor | None = None,
-        start: int = 0,
+        cache: list[tuple[Tensor, Tensor]] | None = None,
+        at: slice | Tensor | None = None,
         logits_from: int = 0,
         targets: Tensor | None = None,
     ) -> Tensor:
@@ -140,26 +150,25 @@ class GPT(nn.Module):
 
         With `targets` (B, T − logits_from), the log-probs of these tokens instead, of the same shape, float32.
 
-        With a cache, `tokens` stand at positions start … start+T−1 and see everything cached before them: either the
-        whole prompt at start = 0, or one token at a time.
+        Keys and values go to the cache, if there is one: those of a whole prompt, or of one token that stands `at` a
+        position and sees all that was cached before it. The position is slice(n, n + 1), or (1,) int64, for which
+        torch.compile makes one graph for all n.
 
-        Raises ValueError when the tokens do not fit in block_size, or for several tokens at start > 0.
+        Raises ValueError when the tokens do not fit in block_size, or at a position for several tokens or no cache.
         """
         B, T = tokens.shape
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit in block_size {self.config.block_size}")
-        if start > 0 and (T > 1 or cache is None):
-            raise ValueError(f"at start {start} pass one token and the cache, not {T} tokens")
-        S = start + T  # keys to see; at least 32 for one query, since PyTorch's products of fewer are slower
-        if cache is not None and T == 1:
-            S = min(max(S, 32), cache.shape[4])
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit in block_size {self.config.block_size}")
+        if at is not None and (T > 1 or cache is None):
+            raise ValueError(f"at a position pass one token and the cache, not {T} tokens")
+        at, S = (slice(T), T) if at is None else (at, cache[0][0].shape[2])  # S keys to look at
         autocast = partial(torch.autocast, self.device.type, self.precision)
         lower = self.precision != torch.float32
         with autocast() if lower else nullcontext():
-            x = norm(self.embedding(tokens) + self.position.weight[start : start + T]).flatten(0, 1)  # (B·T, C)
-            mask = self.mask[start : start + T, :S].to(x.dtype)
+            x = norm(self.embedding(tokens) + self.position.weight[at]).flatten(0, 1)  # (B·T, C)
+            mask = self.mask[at, :S].to(x.dtype)
             for layer, block in enumerate(self.blocks):
-                x = block(x, mask, B, None if cache is None else cache[layer], start)
+                x = block(x, mask, B, None if cache is None else cache[layer], at)
             x = norm(x.view(B, T, -1)[:, logits_from:])
         with autocast(enabled=False) if lower else nullcontext():  # a logit of 20 in bfloat16 is off by 0.06 nats
             x, weight = x.to(self.embedding.weight.dtype), self.embedding.weight

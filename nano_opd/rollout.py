@@ -6,7 +6,7 @@ distribution: what is sampled with another temperature or a top-k and then score
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -64,8 +64,11 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     evaluation: bool = False,
+    compiled: bool = False,
 ) -> Rollout:
     """Continue prompts (B, P) by up to max_new_tokens tokens each; stops early when every row has ended.
+
+    With compiled=True the CPU samples through torch.compile; a GPU replays CUDA graphs either way.
 
     Only with evaluation=True: another temperature (0 is greedy) or a top-k. `logp` is always that of the model itself.
     Raises ValueError for such sampling in training, or for sizes below 1; NumericalFault for log-probs that are not
@@ -80,7 +83,7 @@ def sample(
     R = max_new_tokens
     if min(B, P, R) < 1 or temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(f"sizes must be ≥ 1: {B=}, {P=}, {max_new_tokens=}, {top_k=}; and {temperature=} ≥ 0")
-    new = _captured if prompts.is_cuda else _eager
+    new = _captured if prompts.is_cuda else partial(_eager, compiled=compiled)
     state, extend = new(model, (B, P, R), temperature, top_k)
     responses = state.tokens[:, P:]  # a view: (B, R)
     state.tokens[:, :P] = prompts
@@ -117,7 +120,7 @@ class _State(NamedTuple):
     tokens: Tensor  # (B, P+R)
     logp: Tensor  # (B, R)
     uniform: Tensor  # (R, B, 1), drawn in advance
-    cache: Tensor
+    cache: list[tuple[Tensor, Tensor]]
 
     @classmethod
     def of(cls, model: GPT, B: int, P: int, R: int) -> "_State":
@@ -126,19 +129,40 @@ class _State(NamedTuple):
         return cls(new(B, P + R, dtype=torch.int64), new(B, R), new(R, B, 1), model.new_cache(B, P + R))
 
 
-def _extend(model: GPT, state: _State, P: int, first: int, temperature: float, top_k: int | None) -> None:
+def _extend(model: GPT, state: _State, P: int, options: tuple, compiled: bool, first: int) -> None:
     """Draw tokens first … first + TOKENS_AT_ONCE − 1 of every response, in place."""
-    for n in range(first, min(first + TOKENS_AT_ONCE, state.logp.shape[1])):
-        start = 0 if n == 0 else P + n - 1
-        seen = state.tokens[:, start : P + n]  # the prompt, then one token at a time
-        logits = model(seen, state.cache, start, logits_from=seen.shape[1] - 1)[:, -1]
-        logp = logits.float().log_softmax(-1)  # (B, V)
-        token = _draw(logp, state.uniform[n], temperature, top_k)  # (B, 1)
-        state.tokens[:, P + n : P + n + 1] = token
-        state.logp[:, n : n + 1] = logp.gather(1, token)
+    through = _compiled if compiled else lambda function: function
+    if first == 0 and P > 1:  # all of the prompt but its last token, which the first draw reads
+        through(_prefill)(model, state.tokens[:, : P - 1], state.cache)
+    last = min(first + TOKENS_AT_ONCE, state.logp.shape[1])
+    start, end = P + first, P + last
+    keys = -(-end // 32) * 32  # PyTorch's products of fewer are slower, and each number of them is a graph of its own
+    cache = [(k[:, :, :keys], v[:, :, :keys]) for k, v in state.cache]
+    before = range(start - 1, end - 1)
+    at = list(torch.tensor(before).split(1)) if compiled else [slice(n, n + 1) for n in before]
+    drawn = through(_draw)(model, state.tokens[:, start - 1 : start], cache, at, state.uniform[first:last], *options)
+    state.tokens[:, start:end], state.logp[:, first:last] = drawn
 
 
-def _draw(logp: Tensor, uniform: Tensor, temperature: float, top_k: int | None) -> Tensor:
+def _prefill(model: GPT, prompts: Tensor, cache: list[tuple[Tensor, Tensor]]) -> None:
+    """Keys and values of the prompts, and no logits."""
+    model(prompts, cache, logits_from=prompts.shape[1])
+
+
+def _draw(
+    model: GPT, token: Tensor, cache: list, at: list, uniform: Tensor, temperature: float, top_k: int | None
+) -> tuple[Tensor, Tensor]:
+    """n tokens, (B, n), and their log-probs; each reads the one before it at its position, the first `token` (B, 1)."""
+    tokens, logps = [], []
+    for position, u in zip(at, uniform):
+        logp = model(token, cache, position)[:, 0].float().log_softmax(-1)  # (B, V)
+        token = _choose(logp, u, temperature, top_k)  # (B, 1)
+        tokens.append(token)
+        logps.append(logp.gather(1, token))
+    return torch.cat(tokens, 1), torch.cat(logps, 1)
+
+
+def _choose(logp: Tensor, uniform: Tensor, temperature: float, top_k: int | None) -> Tensor:
     """One token per row, (B, 1): the first whose cumulative probability reaches 1 − `uniform` (B, 1), in (0, 1]."""
     if temperature == 0:
         return logp.argmax(-1, keepdim=True)
@@ -152,10 +176,18 @@ def _draw(logp: Tensor, uniform: Tensor, temperature: float, top_k: int | None) 
     return token.clamp_(max=logp.shape[-1] - 1)  # NaN has no place; it is reported with its step
 
 
-def _eager(model: GPT, sizes: tuple[int, int, int], *options) -> tuple[_State, Callable[[int], None]]:
+@cache
+def _compiled(function: Callable) -> Callable:
+    """One C++ loop, not several operators, between two matrix products, and no Python within TOKENS_AT_ONCE tokens."""
+    return torch.compile(function, options={"cpp_wrapper": True})
+
+
+def _eager(
+    model: GPT, sizes: tuple[int, int, int], *options, compiled: bool = False
+) -> tuple[_State, Callable[[int], None]]:
     """A state for one rollout, and `_extend` on it."""
     state = _State.of(model, *sizes)
-    return state, lambda first: _extend(model, state, sizes[1], first, *options)
+    return state, partial(_extend, model, state, sizes[1], options, compiled)
 
 
 _graphs: WeakKeyDictionary = WeakKeyDictionary()  # model → {what is captured: (state, CUDA graph of each `first`)}

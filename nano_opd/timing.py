@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nano_opd import policy_gradient, sft
 from nano_opd.config import Config
-from nano_opd.device import compiled
+from nano_opd.device import compiled, compiles
 from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.losses import distillation_loss
 from nano_opd.rollout import response_logprobs, sample
@@ -44,14 +44,20 @@ def new_pair(layers: int, width: int, length: int, device: torch.device) -> tupl
 
 
 def phases(
-    student: GPT, teacher: GPT, B: int, prompt: int, response: int, dtype: torch.dtype = torch.float32
+    student: GPT,
+    teacher: GPT,
+    B: int,
+    prompt: int,
+    response: int,
+    dtype: torch.dtype = torch.float32,
+    compile: str = "auto",
 ) -> dict[str, Callable]:
     """The student's rollout, score and update, and the whole step of the default method, its teacher included.
 
-    As train.py runs them: products in `dtype`, score and update through torch.compile on a GPU.
+    As train.py runs them: products in `dtype`, and with `compile` "auto", "on" or "off".
     """
     student.precision = teacher.precision = dtype
-    scorer, judge = compiled("auto", student), compiled("auto", teacher)
+    scorer, judge = compiled(compile, student), compiled(compile, teacher)
     device, cfg, optimizer = student.device, Config(), sft.adamw(student, 0.0)  # lr 0: no update changes the next
     prompts = torch.randint(VOCAB_SIZE, (B, prompt), device=device)
     tokens = sample(student, prompts, response).tokens
@@ -62,7 +68,7 @@ def phases(
         loss.backward()
         optimizer.step()
 
-    rollout = lambda: sample(student, prompts, response)
+    rollout = lambda: sample(student, prompts, response, compiled=compiles(compile, device))
     score = lambda: response_logprobs(scorer, tokens, prompt)
     update = lambda: optimize(policy_gradient.loss(score(), everywhere, everywhere.bool()))
     step = lambda: optimize(distillation_loss(cfg, scorer, judge, rollout())[0])
@@ -83,8 +89,8 @@ def phase_products(student: GPT, teacher: GPT, B: int, prompt: int, response: in
     T, c = prompt + response - 1, student.config
     score = forward_products(c, B, T, T, response)
     backward = [grad for b, m, k, n in score for grad in ((b, m, n, k), (b, k, m, n))]  # dY Wᵀ and Xᵀ dY
-    decode = [forward_products(c, B, 1, S, 1) for S in range(prompt + 1, prompt + response)]
-    rollout = [forward_products(c, B, prompt, prompt, 1), *decode]
+    decode = [forward_products(c, B, 1, S, 1) for S in range(prompt, prompt + response)]
+    rollout = [forward_products(c, B, prompt - 1, prompt - 1, 0)[:-1], *decode]
     step = [*rollout, forward_products(teacher.config, B, T, T, response), score + backward]
     return {"rollout": rollout, "score": [score], "update": [score + backward], "step": step}
 

@@ -29,13 +29,14 @@ def tokens():
     return torch.randint(11, (5, 20), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("at", [lambda t: slice(t, t + 1), lambda t: torch.tensor([t])])
 @pytest.mark.parametrize("prompt_length", [1, 7, 19])
-def test_cached_logits_equal_the_full_forward(model, tokens, prompt_length):
+def test_cached_logits_equal_the_full_forward(model, tokens, prompt_length, at):
     full = model(tokens)
     cache = model.new_cache(5, 20)
     torch.testing.assert_close(model(tokens[:, :prompt_length], cache), full[:, :prompt_length])
     for t in range(prompt_length, 20):
-        torch.testing.assert_close(model(tokens[:, t : t + 1], cache, start=t)[:, 0], full[:, t])
+        torch.testing.assert_close(model(tokens[:, t : t + 1], cache, at(t))[:, 0], full[:, t])
 
 
 @pytest.mark.parametrize("length", [20, 80])  # products of the scores; flash attention
@@ -51,7 +52,7 @@ def test_the_two_ways_of_attention_are_one_function():
     model, tokens = new_model(80).double(), torch.randint(11, (5, 80))
     cache = model.new_cache(5, 80)
     model(tokens[:, :60], cache)
-    decoded = [model(tokens[:, t : t + 1], cache, start=t)[:, 0] for t in range(60, 80)]
+    decoded = [model(tokens[:, t : t + 1], cache, slice(t, t + 1))[:, 0] for t in range(60, 80)]
     torch.testing.assert_close(torch.stack(decoded, 1), model(tokens)[:, 60:])
 
 
@@ -74,7 +75,11 @@ def test_sizes_that_do_not_fit_are_refused(model, tokens):
     with pytest.raises(ValueError, match="21 tokens do not fit in block_size 20"):
         model(tokens.repeat(1, 2)[:, :21])
     with pytest.raises(ValueError, match="one token and the cache"):
-        model(tokens[:, :2], model.new_cache(5, 20), start=3)
+        model(tokens[:, :2], model.new_cache(5, 20), slice(3, 4))
+    with pytest.raises(ValueError, match="one token and the cache"):
+        model(tokens[:, :1], at=slice(3, 4))
+    with pytest.raises(ValueError, match="21 tokens do not fit in block_size 20"):
+        model.new_cache(5, 21)
     with pytest.raises(ValueError, match="multiple of n_head"):
         GPTConfig(11, 20, n_head=4, n_embd=22)
     with pytest.raises(ValueError, match="n_layer must be at least 1, not 0"):
@@ -127,7 +132,7 @@ def test_bfloat16_multiplies_coarsely_and_keeps_float32_logprobs(tokens):
     model, exact = new_model(20), new_model(20)
     model.precision = torch.bfloat16
     logp, want = (m(tokens[:, :-1], targets=tokens[:, 1:]) for m in (model, exact))
-    assert logp.dtype == torch.float32 and model.new_cache(1, 20).dtype == torch.bfloat16
+    assert logp.dtype == torch.float32 and model.new_cache(1, 20)[0][0].dtype == torch.bfloat16
     error = (logp - want).abs().max()
     assert 1e-6 < error < 0.1
     logp.sum().backward()

@@ -163,19 +163,16 @@ MUTATIONS = {
             "rollout: predict_the_response",
         ),
         ("torch.where(mask, responses, PAD)", "responses", "rollout: first_eos"),
-        ("model(seen, state.cache, start,", "model(seen, state.cache, start + (n > 0),", "rollout: full_forward"),
+        ("slice(n, n + 1) for n in before", "slice(n - 1, n) for n in before", "rollout: full_forward"),
+        ("first == 0 and P > 1", "first < 0", "rollout: full_forward"),
         ("responses.fill_(PAD)", "pass", "rollout: remembers_nothing"),
         ("(1 - uniform) * cdf", "(1 - uniform**2) * cdf", "rollout: follow_the_model"),
-        (
-            "logp = logits.float().log_softmax(-1)  # (B, V)",
-            "logp = (2 * logits).float().log_softmax(-1)",
-            "rollout: follow_the_model",
-        ),
+        ("cache, position)[:, 0].float()", "cache, position)[:, 0].float().mul(2)", "rollout: follow_the_model"),
         ("if not evaluation and (", "if evaluation and (", "rollout: off_policy_sampling"),
     ],
     "gpt.py": [
         ("is_causal=True", "is_causal=False", "gpt: only_the_past"),
-        ("self.position.weight[start : start + T]", "self.position.weight[:T]", "gpt: cached_logits"),
+        ("self.position.weight[at]", "self.position.weight[:T]", "gpt: cached_logits"),
     ],
     "exact.py": [
         ("frozen = world.probability()", "frozen = world.probability(theta)", "exact: prefix_by_prefix"),

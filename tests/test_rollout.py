@@ -19,7 +19,8 @@ def model():
     """A random model that ends a response every few tokens."""
     torch.manual_seed(3)
     model = GPT(GPTConfig(VOCAB_SIZE, P + R))
-    for block in model.blocks:
+    for block in model.blocks:  # what comes out of a block starts at zero: attention and mlp would be nothing
+        torch.nn.init.normal_(block.attention_out.weight, std=0.2)
         torch.nn.init.normal_(block.mlp_out.weight, std=0.2)
     with torch.no_grad():
         model.embedding.weight[EOS] *= 2.0
@@ -129,6 +130,28 @@ def test_weights_that_have_overflowed_are_named(model, prompts):
         model.blocks[0].mlp_out.weight[0, 0] = torch.nan
     with pytest.raises(NumericalFault, match="log-prob of a sampled token is not finite in .* likely the weights"):
         sample(model, prompts, R, torch.Generator().manual_seed(0))
+
+
+def test_a_prompt_of_one_token_is_continued(model):
+    rollout = sample(model, torch.full((50, 1), 5), R, torch.Generator().manual_seed(0))
+    want = response_logprobs(model, rollout.tokens, 1)
+    torch.testing.assert_close(rollout.logp[rollout.mask], want[rollout.mask], rtol=0, atol=1e-5)
+
+
+def test_compiled_sampling_draws_the_same_tokens():
+    P, R = 27, 10  # pieces of 4, 4 and 2 tokens, the last two with more than 32 keys
+    model = GPT(GPTConfig(VOCAB_SIZE, P + R, n_layer=1, n_head=2, n_embd=8))
+    for out in (model.blocks[0].attention_out, model.blocks[0].mlp_out):
+        torch.nn.init.normal_(out.weight)
+    prompts = torch.randint(10, (40, P), generator=torch.Generator().manual_seed(0))
+    draw = lambda **how: sample(model, prompts, R, torch.Generator().manual_seed(1), **how)
+    want = draw()
+    for got in (draw(compiled=True), draw(compiled=True)):
+        assert torch.equal(got.tokens, want.tokens) and torch.equal(got.mask, want.mask)
+        torch.testing.assert_close(got.logp, want.logp, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        model.embedding.weight.mul_(0.5)  # compiled code reads the weights of now
+    torch.testing.assert_close(draw(compiled=True).logp, draw().logp, rtol=0, atol=1e-5)
 
 
 def test_rollout_is_frozen(rollout):

@@ -325,6 +325,18 @@ def test_compiling_for_a_cpu_without_a_compiler_is_refused(monkeypatch, capsys):
     assert config.parse(["--compile", "auto", "--device", "cpu"]).compile == "auto"
 
 
+def test_a_compiled_run_is_the_same_up_to_rounding_and_to_the_bit_each_time(tmp_path):
+    threads, larger = torch.get_num_threads(), "--batch-size 64 --student-width 16 --steps 12".split()
+    torch.set_num_threads(2)  # which could add up a gradient in any order
+    try:
+        eager, first, second = (run(tmp_path / how, *larger, "--compile", how[:-1]) for how in ("off1", "on1", "on2"))
+    finally:
+        torch.set_num_threads(threads)
+    assert same(first, second)
+    want, got = weights(eager), weights(first)
+    assert all(torch.allclose(got[name], want[name], rtol=0, atol=1e-4) for name in want)
+
+
 def snapshot(folder):
     return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
