@@ -30,6 +30,7 @@ def speed(
     layers: int, width: int, B: int, device: torch.device, dtype: torch.dtype, copy_rate: float, seconds: float = 8
 ) -> list[dict]:
     """One row for each phase and --compile. Tokens are response tokens; memory is beyond weights and optimizer."""
+    torch.compiler.reset()  # or sizes that are seen to change would become variables of slower kernels
     student, teacher = timing.new_pair(layers, width, P + R, device)
     passes = timing.phase_products(student, teacher, B, P, R)
     runs = {(name, "floor"): timing.floor(products, device, dtype) for name, products in passes.items()}
@@ -78,6 +79,7 @@ def generators(
     """Ways to continue B prompts by R tokens: ours; ours without its cache; `generate` for a GPT-2 of the same size."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    torch.compiler.reset()
     model = timing.new_model(layers, width, P + R, device)
     model.precision = dtype
     prompts = torch.randint(timing.VOCAB_SIZE, (B, P), device=device)

@@ -122,7 +122,9 @@ class Config:
         choices=("auto", "float32", "bfloat16"),
     )
     compile: str = knob(
-        "auto", "score and update through torch.compile (auto: on a GPU)", choices=("auto", "on", "off")
+        "auto",
+        "through torch.compile (auto: score and update, on a GPU; on: on a CPU sampling too)",
+        choices=("auto", "on", "off"),
     )
     out_dir: str = knob("out", "folder of all runs and of the cached warm starts")
     resume: bool = knob(False, "continue this run from its last checkpoint")

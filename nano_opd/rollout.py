@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nano_opd.checks import require_finite
+from nano_opd.device import any_order
 from nano_opd.gpt import GPT
 from nano_opd.tokenizer import EOS, PAD
 
@@ -136,7 +137,7 @@ def _extend(model: GPT, state: _State, P: int, options: tuple, compiled: bool, f
         through(_prefill)(model, state.tokens[:, : P - 1], state.cache)
     last = min(first + TOKENS_AT_ONCE, state.logp.shape[1])
     start, end = P + first, P + last
-    keys = -(-end // 32) * 32  # PyTorch's products of fewer are slower, and each number of them is a graph of its own
+    keys = -(-end // 64) * 64  # PyTorch's products of fewer are slower, and each number of them is a graph of its own
     cache = [(k[:, :, :keys], v[:, :, :keys]) for k, v in state.cache]
     before = range(start - 1, end - 1)
     at = list(torch.tensor(before).split(1)) if compiled else [slice(n, n + 1) for n in before]
@@ -179,7 +180,8 @@ def _choose(logp: Tensor, uniform: Tensor, temperature: float, top_k: int | None
 @cache
 def _compiled(function: Callable) -> Callable:
     """One C++ loop, not several operators, between two matrix products, and no Python within TOKENS_AT_ONCE tokens."""
-    return torch.compile(function, options={"cpp_wrapper": True})
+    kept = {"realize_opcount_threshold": 8}  # what takes more operations is not computed again for each key
+    return any_order()(torch.compile(function, options={"cpp_wrapper": True, "memory_planning": True} | kept))
 
 
 def _eager(

@@ -160,7 +160,7 @@ def report(
         print(f"  {label:<24} {start[name]:.3f} → {end[name]:.3f}")
     print(f"  pass@4                   {pass_at_k(correct, 4):.3f} at the end")
     print(
-        f"  {'with its reference' if cfg.privileged else 'the teacher'}, sampled".ljust(27)
+        f"  {'with reference' if cfg.privileged else 'the teacher'}, sampled".ljust(27)
         + proportion(teacher_correct.float().mean().item())
     )
 
