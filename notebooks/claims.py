@@ -287,6 +287,7 @@ def speed_tables(folder: Path) -> dict[str, str]:
     """What nano_opd.bench measured, each table under the machine that it was measured on."""
     path = folder / "speed.json"
     measured = json.loads(path.read_text()) if path.exists() else {}
+    measured.pop("scaling", None)  # is drawn
     return {f"speed {name}": f"{t['machine']}:\n\n{bench.markdown(t['rows'])}" for name, t in measured.items()}
 
 

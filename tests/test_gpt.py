@@ -139,7 +139,7 @@ def test_bfloat16_multiplies_coarsely_and_keeps_float32_logprobs(tokens):
     assert model.embedding.weight.grad.dtype == torch.float32
 
 
-def test_the_compiled_model_is_the_model(tokens):
+def test_the_compiled_model_is_the_model(tokens, compiler):
     model = GPT(GPTConfig(vocab_size=11, block_size=20, n_layer=1, n_head=2, n_embd=8))
     assert device.compiled("auto", model) is model and device.compiled("off", model) is model  # on a CPU
     compiled = device.compiled("on", copy.deepcopy(model))

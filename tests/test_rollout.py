@@ -138,7 +138,7 @@ def test_a_prompt_of_one_token_is_continued(model):
     torch.testing.assert_close(rollout.logp[rollout.mask], want[rollout.mask], rtol=0, atol=1e-5)
 
 
-def test_compiled_sampling_draws_the_same_tokens():
+def test_compiled_sampling_draws_the_same_tokens(compiler):
     P, R = 58, 10  # pieces of 4, 4 and 2 tokens, the last two with more than 64 keys
     model = GPT(GPTConfig(VOCAB_SIZE, P + R, n_layer=1, n_head=2, n_embd=8))
     for out in (model.blocks[0].attention_out, model.blocks[0].mlp_out):

@@ -325,7 +325,7 @@ def test_compiling_for_a_cpu_without_a_compiler_is_refused(monkeypatch, capsys):
     assert config.parse(["--compile", "auto", "--device", "cpu"]).compile == "auto"
 
 
-def test_a_compiled_run_is_the_same_up_to_rounding_and_to_the_bit_each_time(tmp_path):
+def test_a_compiled_run_is_the_same_up_to_rounding_and_to_the_bit_each_time(tmp_path, compiler):
     threads, larger = torch.get_num_threads(), "--batch-size 64 --student-width 16 --steps 12".split()
     torch.set_num_threads(2)  # which could add up a gradient in any order
     try:
