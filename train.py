@@ -67,9 +67,13 @@ def objective(cfg: Config, step: int, student: GPT, teacher: GPT) -> Callable[[]
         tokens = sft.solution_tokens(batch, student.device)
         return lambda: (sft.loss(student, tokens, cfg.prompt_length), {})
     slots = slots_of(batch, "blank") if cfg.privileged else None
-    generator = torch_stream(cfg.seed, distributed.own("rollout"), step, student.device)
-    prompts, fused = prompts_of(batch, student.device, slots), compiles(cfg.compile, student.device)
-    rollout = sample(distributed.unwrap(student), prompts, cfg.response_cap, generator, compiled=fused)
+    rollout = sample(
+        distributed.unwrap(student),
+        prompts_of(batch, student.device, slots),
+        cfg.response_cap,
+        torch_stream(cfg.seed, distributed.own("rollout"), step, student.device),
+        compiled=compiles(cfg.compile, student.device),
+    )
     if not cfg.privileged:
         return lambda: distillation_loss(cfg, student, teacher, rollout)
     if cfg.epochs > 1:  # p_old from a full forward, so that the first epoch's ratio is 1 (compiled, up to rounding)

@@ -84,7 +84,7 @@ def sample(
     R = max_new_tokens
     if min(B, P, R) < 1 or temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(f"sizes must be ≥ 1: {B=}, {P=}, {max_new_tokens=}, {top_k=}; and {temperature=} ≥ 0")
-    new = _captured if prompts.is_cuda else partial(_eager, compiled=compiled)
+    new = _captured if prompts.is_cuda else partial(_eager, compiled=compiled and prompts.device.type == "cpu")
     state, extend = new(model, (B, P, R), temperature, top_k)
     responses = state.tokens[:, P:]  # a view: (B, R)
     state.tokens[:, :P] = prompts
@@ -137,7 +137,7 @@ def _extend(model: GPT, state: _State, P: int, options: tuple, compiled: bool, f
         through(_prefill)(model, state.tokens[:, : P - 1], state.cache)
     last = min(first + TOKENS_AT_ONCE, state.logp.shape[1])
     start, end = P + first, P + last
-    keys = -(-end // 64) * 64  # PyTorch's products of fewer are slower, and each number of them is a graph of its own
+    keys = -(-end // 64) * 64  # PyTorch's products of fewer are slower, and few numbers of keys are few graphs
     cache = [(k[:, :, :keys], v[:, :, :keys]) for k, v in state.cache]
     before = range(start - 1, end - 1)
     at = list(torch.tensor(before).split(1)) if compiled else [slice(n, n + 1) for n in before]

@@ -26,7 +26,7 @@ def test_a_floor_has_exactly_the_products_of_its_phase(sizes):
     student, teacher = timing.new_pair(*sizes, P + R, CPU)
     runs, passes = timing.phases(student, teacher, B, P, R), timing.phase_products(student, teacher, B, P, R)
     assert set(runs) == set(passes)
-    # what decoding reads beyond its floor: up to 32 keys, those still to come masked
+    # what decoding reads beyond its floor: up to 64 keys, those still to come masked
     masked = 4 * student.config.n_layer * B * student.config.n_embd * sum(P + R - S for S in range(P, P + R))
     for name, products in passes.items():
         counted = 2 * sum(b * m * k * n for forward in products for b, m, k, n in forward)
