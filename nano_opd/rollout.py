@@ -6,7 +6,7 @@ distribution: what is sampled with another temperature or a top-k and then score
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -177,11 +177,15 @@ def _choose(logp: Tensor, uniform: Tensor, temperature: float, top_k: int | None
     return token.clamp_(max=logp.shape[-1] - 1)  # NaN has no place; it is reported with its step
 
 
-@cache
+@lru_cache
 def _compiled(function: Callable) -> Callable:
     """One C++ loop, not several operators, between two matrix products, and no Python within TOKENS_AT_ONCE tokens."""
-    kept = {"realize_opcount_threshold": 8}  # what takes more operations is not computed again for each key
-    return any_order()(torch.compile(function, options={"cpp_wrapper": True, "memory_planning": True} | kept))
+    options = {
+        "cpp_wrapper": True,
+        "memory_planning": True,
+        "realize_opcount_threshold": 8,  # what takes more operations is not computed again for each key
+    }
+    return any_order()(torch.compile(function, options=options))
 
 
 def _eager(
