@@ -1,9 +1,9 @@
 """Arithmetic with verifiable answers: problems, worked solutions, a verifier, and a split that never leaks.
 
-    prompt     "457+068="                            both operands zero-padded to the same number of digits
-    solution   "7+8=15 5+6=12 4+0=05 #0525"          one column a∘b=cd per digit, right to left: c is the carry (or the
-                                                     borrow) out and d the digit, the carry of the column before it
-                                                     included; then # and the answer
+    prompt     "457+068="                       both operands zero-padded to the same number of digits
+    solution   "7+8=15 5+6=12 4+0=05 #0525"     one column per digit, right to left, then # and the answer
+
+A column x∘y=cd holds the carry (or borrow) c that it hands on, and its digit d, which includes the carry it was handed.
 
 Prompts and solutions of one task and size all have the same length. The verifier reads the answer and nothing else.
 
@@ -14,12 +14,12 @@ problem and response stand at the same positions whatever the slot holds:
     "151205#0525 457+068="    "work": carry and digit of every column, then the answer; solved as above
     "@_____#0525 457+068="    "cite": the answer alone; solved by "@#0525", a mark for copying it and skipping the work
 
-Both references are valid and one is drawn at random, so no student without the slot can know which: what the teacher
-says then depends on something that x does not determine, and that is the part of it that can leak.
+Both references are valid and one is drawn at random. Which one it is, a student without the slot cannot know, so what
+the teacher says depends on something that the problem does not determine.
 """
 
-import os
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -39,64 +39,24 @@ class Problem(NamedTuple):
     b: int
 
 
-class Add:
-    """a + b."""
+class Task(NamedTuple):
+    """What joins two operands: a symbol, the rule of one column, and the answer that the verifier asks for."""
 
-    symbol = "+"
-
-    def operands(self, rng, size, digits):
-        """Two int64 arrays (size,) of uniform operands."""
-        return rng.integers(10**digits, size=(2, size))
-
-    def column(self, x: int, y: int, carry: int) -> tuple[int, int]:
-        """(carry out, digit) of one column."""
-        return divmod(x + y + carry, 10)
-
-    def answer(self, a: int, b: int) -> int:
-        """The value that the verifier asks for."""
-        return a + b
+    symbol: str
+    column: Callable[[int, int, int], tuple[int, int]]  # digits x and y and the carry in → the carry out, and a digit
+    answer: Callable[[int, int], int]
+    larger_first: bool = False  # a ≥ b, so that no answer of a subtraction is negative
+    one_digit_b: bool = False  # b has one digit, which every column repeats
 
 
-class Sub:
-    """a − b with a ≥ b; the carry is a borrow."""
-
-    symbol = "-"
-
-    def operands(self, rng, size, digits):
-        """Two uniform operands, the larger first, so that no answer is negative."""
-        return np.sort(rng.integers(10**digits, size=(2, size)), axis=0)[::-1]
-
-    def column(self, x: int, y: int, carry: int) -> tuple[int, int]:
-        """(borrow, digit) of one column."""
-        difference = x - y - carry
-        return int(difference < 0), difference % 10
-
-    def answer(self, a: int, b: int) -> int:
-        """The value that the verifier asks for."""
-        return a - b
-
-
-class Mul:
-    """a · b with a single digit b, which every column repeats."""
-
-    symbol = "*"
-
-    def operands(self, rng, size, digits):
-        """n digits times one digit."""
-        return np.stack([rng.integers(10**digits, size=size), rng.integers(10, size=size)])
-
-    def column(self, x: int, y: int, carry: int) -> tuple[int, int]:
-        """(carry out, digit) of one column."""
-        return divmod(x * y + carry, 10)
-
-    def answer(self, a: int, b: int) -> int:
-        """The value that the verifier asks for."""
-        return a * b
-
-
-# A new task is one such class and one entry here.
-TASKS = {"add": Add(), "sub": Sub(), "mul": Mul()}
-TASK_NAMES = [*TASKS, "mix"]
+# A new task is one entry here. "mix" draws one of them for each problem.
+TASKS = {
+    "add": Task("+", lambda x, y, carry: divmod(x + y + carry, 10), lambda a, b: a + b),
+    "sub": Task(
+        "-", lambda x, y, carry: (int(x - y < carry), (x - y - carry) % 10), lambda a, b: a - b, larger_first=True
+    ),
+    "mul": Task("*", lambda x, y, carry: divmod(x * y + carry, 10), lambda a, b: a * b, one_digit_b=True),
+}
 
 
 def prompt_length(digits: int, slot: bool = False) -> int:
@@ -131,6 +91,14 @@ def is_held_out(task: str, a, b) -> np.ndarray:
     return z < np.uint64(int(HELD_OUT_FRACTION * 2**64))
 
 
+def operands(task: Task, rng: np.random.Generator, size: int, digits: int) -> np.ndarray:
+    """Uniform operands, (2, size) int64."""
+    if task.one_digit_b:
+        return np.stack([rng.integers(10**digits, size=size), rng.integers(10, size=size)])
+    drawn = rng.integers(10**digits, size=(2, size))
+    return np.sort(drawn, axis=0)[::-1] if task.larger_first else drawn
+
+
 def sample_problems(
     task: str, digits: int, size: int, rng: np.random.Generator, held_out: bool = False
 ) -> list[Problem]:
@@ -138,8 +106,8 @@ def sample_problems(
 
     Raises ValueError for an unknown task or a number of digits outside 1 … 8.
     """
-    if task not in TASK_NAMES:
-        raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASK_NAMES)}")
+    if task not in (known := [*TASKS, "mix"]):
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(known)}")
     if not 1 <= digits <= MAX_DIGITS:
         raise ValueError(f"digits must lie in 1 … {MAX_DIGITS}, not {digits}")
     names = np.array(list(TASKS) if task == "mix" else [task])
@@ -148,7 +116,7 @@ def sample_problems(
     for name in names:
         slots = np.flatnonzero(chosen == name)
         while len(slots):  # draw for every open slot, keep what falls on the right side
-            a, b = TASKS[name].operands(rng, len(slots), digits)
+            a, b = operands(TASKS[name], rng, len(slots), digits)
             keep = is_held_out(name, a, b) == held_out
             for slot, x, y in zip(slots[keep], a[keep].tolist(), b[keep].tolist()):
                 problems[slot] = Problem(str(name), digits, x, y)
@@ -158,11 +126,12 @@ def sample_problems(
 
 def prompt(problem: Problem, slot: str | None = None) -> str:
     """ "457+068=", behind a reference slot if there is one. Raises ValueError for a slot of another width."""
-    text = f"{problem.a:0{problem.digits}d}{TASKS[problem.task].symbol}{problem.b:0{problem.digits}d}="
+    task, digits, a, b = problem
+    text = f"{a:0{digits}d}{TASKS[task].symbol}{b:0{digits}d}="
     if slot is None:
         return text
-    if len(slot) != slot_length(problem.digits):
-        raise ValueError(f"slot {slot!r} must be {slot_length(problem.digits)} characters, or it shifts the response")
+    if len(slot) != slot_length(digits):
+        raise ValueError(f"slot {slot!r} must be {slot_length(digits)} characters, or it shifts the response")
     return f"{slot} {text}"
 
 
@@ -200,14 +169,14 @@ def steps(problem: Problem) -> list[str]:
     task, carry, columns = TASKS[problem.task], 0, []
     for i in range(problem.digits):
         x = problem.a // 10**i % 10
-        y = problem.b if problem.task == "mul" else problem.b // 10**i % 10
+        y = problem.b if task.one_digit_b else problem.b // 10**i % 10
         carry, digit = task.column(x, y, carry)
         columns.append(f"{x}{task.symbol}{y}={carry}{digit} ")
     return [*columns, f"#{task.answer(problem.a, problem.b):0{problem.digits + 1}d}"]
 
 
-def solution(problem: Problem, style: str = "work") -> str:
-    """The whole worked solution, or the one that a "cite" reference teaches; without its EOS."""
+def solution(problem: Problem, style: str | None = None) -> str:
+    """The worked solution, or the short one that a "cite" reference teaches; without its EOS."""
     return CITE + steps(problem)[-1] if style == "cite" else "".join(steps(problem))
 
 
@@ -224,19 +193,9 @@ def verify(problem: Problem, response: str) -> bool:
 
 def first_broken_step(problem: Problem, response: str) -> str | None:
     """What went wrong first in a response, in words; None for the worked solution itself."""
-    start = 0
-    for column, expected in enumerate(steps(problem), 1):
-        written = response[start : start + len(expected)]
-        if expected[0] == "#":
-            written = response[start:]
+    for n, expected in enumerate(steps(problem), 1):
+        is_answer = expected[0] == "#"
+        written, response = (response, "") if is_answer else (response[: len(expected)], response[len(expected) :])
         if written != expected:
-            where = "answer" if expected[0] == "#" else f"column {column}"
-            return f"{where}: wrote {written!r}, should be {expected!r}"
-        start += len(expected)
+            return f"{'answer' if is_answer else f'column {n}'}: wrote {written!r}, should be {expected!r}"
     return None
-
-
-def first_wrong_token(problem: Problem, response: str) -> int | None:
-    """Index of the first token that departs from the worked solution, its EOS included; None where none does."""
-    expected = solution(problem)
-    return None if response == expected else len(os.path.commonprefix([expected, response]))

@@ -1,17 +1,28 @@
-"""f-divergences D_f(q‖p) = E_p[f(u)] of a teacher q from a student p, written in x = log u = log q − log p (nats).
+"""f-divergences D_f(q‖p) = E_p[f(u)] of a teacher q from a student p, where u = q/p at one token.
 
-A divergence is its generator f, convex with f(1) = 0. On-policy distillation can make two rewards of it:
+A divergence is given by its generator f, convex with f(1) = 0. On-policy distillation makes two rewards of it:
 
-    stop_gradient   −f(u)                   all that OPD keeps of the gradient
+    stop_gradient   −f(u)                       all that OPD keeps of the gradient
     unbiased        w_f(u) = −f(u) + u f′(u)    OPD+'s corrected advantage
 
-Source: arXiv 2606.01039, Table 1 (reverse KL, forward KL and JSD). The other rows follow from the same w_f.
+    divergence                  f(u)                                         w_f(u)
+    reverse KL, KL(p‖q)         −ln u                                        ln u − 1
+    forward KL, KL(q‖p)         u ln u                                       u
+    Jensen–Shannon              ½[u ln u − (1+u) ln((1+u)/2)]                ½ ln((1+u)/2)
+    Pearson χ²                  (u−1)²                                       u² − 1
+    Neyman χ²                   (u−1)²/u                                     2 − 2/u
+    squared Hellinger           (√u−1)²                                      √u − 1
+    total variation             ½|u−1|                                       ½ sign(u−1)
+    α-family                    (u^α − αu − (1−α)) / (α(α−1))                (u^α − 1)/α
 
-Why log space: u − 1 is expm1(x), so |x| ≤ 30 neither overflows nor cancels in float32, and the whole α-family is the
-Box–Cox transform φ_a = (u^a − 1)/a of the likelihood ratio:  f′ = φ_{α−1},  w_f = φ_α,  f = u f′ − w_f.
-Up to a factor and a multiple of u − 1, α = 0 is reverse KL, ½ Hellinger, 1 forward KL, 2 Pearson χ², −1 Neyman χ².
+Source: arXiv 2606.01039, Table 1, for the first three rows; the others follow from the same w_f.
 
-At a token the teacher forbids, x = −∞, every function returns its limit at u → 0 (finite or infinite, never NaN).
+The code computes them from x = log u = log q − log p, in nats, because u itself overflows and u − 1 cancels: u − 1 is
+expm1(x), and |x| ≤ 30 is safe in float32. In the α-family f′ = φ_{α−1} and w_f = φ_α with the Box–Cox transform
+φ_a = (u^a − 1)/a, which is ln u at a = 0. Up to a factor and a multiple of u − 1, α = 0 is reverse KL, ½ Hellinger,
+1 forward KL, 2 Pearson and −1 Neyman.
+
+At a token that the teacher forbids, x = −∞, every function returns its limit at u → 0 (finite or infinite, never NaN).
 Functions map tensors of any shape elementwise and are differentiable; nothing here detaches.
 """
 
@@ -22,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, exp, expm1, log1p
 
-from nano_opd.checks import did_you_mean
+from nano_opd.system.checks import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,54 @@ class Divergence:
     def stop_gradient(self, log_u: Tensor) -> Tensor:
         """−f(u): the reward of OPD, which forgets that u depends on the student."""
         return -self.f(log_u)
+
+
+# A new divergence is one entry: its name, and f, f′ and w_f as functions of x = log u.
+DIVERGENCES = {
+    d.name: d
+    for d in [
+        Divergence("reverse_kl", lambda x: -x, lambda x: -exp(-x), lambda x: x - 1),
+        Divergence("forward_kl", lambda x: exp(x) * x.clamp(min=-1e4), lambda x: x + 1, exp),
+        Divergence("jsd", lambda x: _jsd_f(x), lambda x: -log1p(expm1(-x) / 2) / 2, lambda x: log1p(expm1(x) / 2) / 2),
+        Divergence("pearson_chi2", lambda x: expm1(x) ** 2, lambda x: 2 * expm1(x), lambda x: expm1(2 * x)),
+        Divergence(
+            "neyman_chi2", lambda x: 4 * torch.sinh(x / 2) ** 2, lambda x: -expm1(-2 * x), lambda x: -2 * expm1(-x)
+        ),
+        Divergence("hellinger", lambda x: expm1(x / 2) ** 2, lambda x: -expm1(-x / 2), lambda x: expm1(x / 2)),
+        Divergence("tv", lambda x: expm1(x).abs() / 2, lambda x: x.sign() / 2, lambda x: x.sign() / 2),
+        # u − 1 − ln u: the same divergence as reverse_kl and, up to a constant, the same w_f, but another −f. This is
+        # why a stop-gradient turns the "k1" and "k3" estimators of one KL into two different gradients.
+        Divergence("k3", lambda x: _alpha_f(x, 0.0), lambda x: -expm1(-x), lambda x: x),
+    ]
+}
+
+
+def get(name: str) -> Divergence:
+    """The divergence called `name`; "alpha=<float>" is any member of the α-family.
+
+    Raises ValueError, listing the known names, when there is no such divergence.
+    """
+    if name in DIVERGENCES:
+        return DIVERGENCES[name]
+    if name.startswith("alpha="):
+        try:
+            alpha = float(name.removeprefix("alpha="))
+        except ValueError:
+            alpha = math.nan
+        if not abs(alpha) <= 10:
+            raise ValueError(f"divergence {name!r}: alpha must be a number from -10 to 10, as in alpha=0.5")
+        return _alpha(name, alpha)
+    hint = did_you_mean(name, DIVERGENCES)
+    raise ValueError(f"unknown divergence {name!r}{hint}; choose from {', '.join(DIVERGENCES)}, alpha=<float>")
+
+
+def _alpha(name: str, alpha: float) -> Divergence:
+    return Divergence(
+        name,
+        f=lambda x: _alpha_f(x, alpha),
+        f_prime=lambda x: _box_cox(x, alpha - 1),
+        unbiased=lambda x: _box_cox(x, alpha),
+    )
 
 
 def _jsd_f(x: Tensor) -> Tensor:
@@ -66,74 +125,3 @@ def _alpha_f(x: Tensor, alpha: float) -> Tensor:
     near_one = x.clamp(-0.1, 0.1)
     series = sum(sum(alpha**j for j in range(k - 1)) / math.factorial(k) * near_one**k for k in range(2, 9))
     return torch.where(x.abs() * max(1, abs(alpha)) < 0.1, series, f)
-
-
-def _alpha(name: str, alpha: float) -> Divergence:
-    return Divergence(
-        name,
-        f=lambda x: _alpha_f(x, alpha),
-        f_prime=lambda x: _box_cox(x, alpha - 1),
-        unbiased=lambda x: _box_cox(x, alpha),
-    )
-
-
-# A new divergence is three functions of x = log u in this table: f, f′ and w_f = −f + u f′.
-DIVERGENCES = {
-    d.name: d
-    for d in [
-        Divergence("reverse_kl", f=lambda x: -x, f_prime=lambda x: -exp(-x), unbiased=lambda x: x - 1),
-        Divergence("forward_kl", f=lambda x: exp(x) * x.clamp(min=-1e4), f_prime=lambda x: x + 1, unbiased=exp),
-        Divergence(
-            "jsd",
-            f=_jsd_f,
-            f_prime=lambda x: -log1p(expm1(-x) / 2) / 2,
-            unbiased=lambda x: log1p(expm1(x) / 2) / 2,
-        ),
-        Divergence(
-            "pearson_chi2",
-            f=lambda x: expm1(x) ** 2,
-            f_prime=lambda x: 2 * expm1(x),
-            unbiased=lambda x: expm1(2 * x),
-        ),
-        Divergence(
-            "neyman_chi2",
-            f=lambda x: 4 * torch.sinh(x / 2) ** 2,
-            f_prime=lambda x: -expm1(-2 * x),
-            unbiased=lambda x: -2 * expm1(-x),
-        ),
-        Divergence(
-            "hellinger",
-            f=lambda x: expm1(x / 2) ** 2,
-            f_prime=lambda x: -expm1(-x / 2),
-            unbiased=lambda x: expm1(x / 2),
-        ),
-        Divergence(
-            "tv",
-            f=lambda x: expm1(x).abs() / 2,
-            f_prime=lambda x: x.sign() / 2,
-            unbiased=lambda x: x.sign() / 2,
-        ),
-        # u − 1 − ln u. The same divergence as reverse_kl and so, up to a constant, the same w_f; but another −f,
-        # which is why a stop-gradient turns the "k1" and "k3" estimators of one KL into two different gradients.
-        _alpha("k3", 0.0),
-    ]
-}
-
-
-def get(name: str) -> Divergence:
-    """The divergence called `name`; "alpha=<float>" is any member of the α-family.
-
-    Raises ValueError, listing the known names, when there is no such divergence.
-    """
-    if name in DIVERGENCES:
-        return DIVERGENCES[name]
-    if name.startswith("alpha="):
-        try:
-            alpha = float(name.removeprefix("alpha="))
-        except ValueError:
-            alpha = math.nan
-        if not abs(alpha) <= 10:
-            raise ValueError(f"divergence {name!r}: alpha must be a number from -10 to 10, as in alpha=0.5")
-        return _alpha(name, alpha)
-    hint = did_you_mean(name, DIVERGENCES)
-    raise ValueError(f"unknown divergence {name!r}{hint}; choose from {', '.join(DIVERGENCES)}, alpha=<float>")

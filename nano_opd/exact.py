@@ -4,7 +4,7 @@ For a small vocabulary V and horizon R every response y can be listed with its p
 
     E[ĝ]    =  Σ_y p_θ(y) ĝ(y)                                 expected gradient of an estimator ĝ
     var     =  Σ_y p_θ(y) ‖ĝ(y)‖² − ‖E[ĝ]‖²                     trace of its covariance, for one sample
-    MSE     =  E‖ĝ − g‖²  =  ‖E[ĝ] − g‖² + var                  against the gradient g of an objective
+    MSE     =  E‖ĝ − g‖²  =  ‖E[ĝ] − g‖² + var                  against the gradient g of an objective: bias² + variance
 
 and the three objectives that "the divergence of the student from the teacher" may mean are finite sums:
 
@@ -24,12 +24,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from nano_opd import policy_gradient
 from nano_opd.divergences import Divergence
-from nano_opd.gpt import GPT
-from nano_opd.rollout import response_logits
 
 OBJECTIVES = ("prefix", "return", "sequence")
 MAX_RESPONSES = 10**6
@@ -74,34 +72,14 @@ def random_tabular(vocab_size: int, horizon: int, seed: int, scale: float = 1.0)
     return tabular, scale * torch.randn(rows, vocab_size, dtype=torch.float64, generator=generator)
 
 
-def gpt_policy(model: GPT, prompt: Tensor) -> tuple[Policy, Tensor]:
-    """The policy that continues prompt (P,) int64 with `model`, and its θ (T,) float64: all weights in a row."""
-    names, weights = zip(*model.named_parameters())
-
-    def policy(theta: Tensor, tokens: Tensor) -> Tensor:
-        pieces = theta.split([w.numel() for w in weights])
-        named = {name: piece.view(w.shape) for name, piece, w in zip(names, pieces, weights)}
-        call = lambda tokens, **options: functional_call(model, named, (tokens,), options)
-        return response_logits(call, torch.cat([prompt.expand(len(tokens), -1), tokens], 1), len(prompt))
-
-    values = [w.detach().flatten().double() for w in weights]  # drops nothing: θ is a new leaf, and policy reads it
-    return policy, torch.cat(values)
-
-
 @dataclass(frozen=True)
 class World:
-    """Student, teacher, and every response there is.
+    """Student, teacher, and every response there is."""
 
-    student         the policy p_θ
-    theta           its parameters θ, float64, any shape
-    teacher_logits  (S, R, V) of the teacher q
-    tokens, mask    (S, R), as enumerate_responses returns them
-    """
-
-    student: Policy
-    theta: Tensor
-    teacher_logits: Tensor
-    tokens: Tensor
+    student: Policy  # p_θ
+    theta: Tensor  # its parameters θ, float64, any shape
+    teacher_logits: Tensor  # (S, R, V) of the teacher q
+    tokens: Tensor  # (S, R), with mask as enumerate_responses returns them
     mask: Tensor
 
     @classmethod
@@ -192,18 +170,14 @@ def estimates(world: World, estimator: Estimator, index: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Moments:
-    """mean E[ĝ], of θ's shape, and variance, the trace of the covariance of ĝ, of one batch."""
+    """Mean and scatter of an estimator ĝ over all batches."""
 
-    mean: Tensor
-    variance: Tensor
+    mean: Tensor  # E[ĝ], of θ's shape
+    variance: Tensor  # trace of the covariance of ĝ
 
     def bias_squared(self, target: Tensor) -> Tensor:
         """‖E[ĝ] − g‖², a scalar."""
         return (self.mean - target).square().sum()
-
-    def mse(self, target: Tensor) -> Tensor:
-        """E‖ĝ − g‖² = bias² + variance, a scalar."""
-        return self.bias_squared(target) + self.variance
 
 
 def moments(world: World, estimator: Estimator, batch_size: int = 1, probability: Tensor | None = None) -> Moments:

@@ -12,8 +12,8 @@ variance. With `stop_gradient` it is the mean of OPD's instead: that estimator's
 import torch
 from torch import Tensor
 
-from nano_opd.checks import require_batch, require_no_nan, require_same_shape
 from nano_opd.divergences import Divergence
+from nano_opd.system.checks import require_batch, require_no_nan, require_same_shape
 
 
 def loss(

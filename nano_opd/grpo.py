@@ -1,10 +1,10 @@
 """GRPO, group-relative policy optimisation: what is A_i when all that is known is whether the answer is right?
 
-G responses i to one prompt, rewards R_i ∈ {0, 1}; every token of response i gets
+There are G responses i to one prompt, with rewards R_i ∈ {0, 1}. Every token of response i gets
 
     A_i  =  (R_i − mean_group R) / (std_group R + ε)        dr_grpo:  A_i = R_i − mean_group R
 
-and several epochs over one batch of rollouts are kept near the policy p_old that sampled it by a clipped ratio:
+Several epochs over one batch of rollouts are kept near the policy p_old that sampled it by a clipped ratio:
 
     ρ_n  =  p_θ(y_n|s_n) / p_old(y_n|s_n)
     loss =  −(1/B) Σ_i Σ_n min( ρ_n A_i, clip(ρ_n, 1 − clip_low, 1 + clip_high) A_i )
@@ -13,16 +13,16 @@ On the first epoch ρ = 1 and the gradient is that of policy_gradient.loss.
 
 Sources: GRPO, arXiv 2402.03300, §4.1; Dr. GRPO, 2503.20783; separate clips as in the RLSD configuration, 2604.03128.
 
-What differs from the papers: no KL term. GRPO divides each response's sum by that response's own length, which favours
-long wrong answers, and Dr. GRPO drops both that and the std. Here the divisor is the constant B for both, so they
-differ by the std alone; normalize="sequence_mean" puts the paper's per-length divisor back.
+What differs from the papers: there is no KL term, and the divisor is the constant B. GRPO divides each response's sum
+by that response's own length, which favours long wrong answers (normalize="sequence_mean" does so here). Dr. GRPO drops
+that and the std; here the two differ by the std alone.
 """
 
 import torch
 from torch import Tensor
 
-from nano_opd.checks import require_batch, require_same_shape
-from nano_opd.policy_gradient import reduce
+from nano_opd.policy_gradient import reduce, require_constant
+from nano_opd.system.checks import require_batch, require_same_shape
 
 EPSILON = 1e-6
 
@@ -56,7 +56,7 @@ def clipped_surrogate(
     mask: Tensor,
     clip_low: float,
     clip_high: float,
-    normalize: str = "batch",
+    normalize="batch",
 ) -> Tensor:
     """The loss above, a scalar: minus the pessimistic surrogate of PPO, summed over tokens and divided by B.
 
@@ -69,14 +69,10 @@ def clipped_surrogate(
 
     Raises ValueError if the advantage carries a gradient, for shapes that do not match or a mask that is not bool.
     """
-    if advantage.requires_grad:
-        raise ValueError("the advantage carries a gradient: a method must return it detached")
+    require_constant(advantage)
     require_batch(mask, logp=logp, old_logp=old_logp)
-    if advantage.dim() == 1:
-        require_same_shape(advantage=advantage, responses=logp[:, 0])
-        advantage = advantage.unsqueeze(1)  # (B, 1)
-    else:
-        require_same_shape(advantage=advantage, logp=logp)
+    require_same_shape(advantage=advantage, logp=logp if advantage.dim() > 1 else logp[:, 0])
+    advantage = advantage.view(len(logp), -1)  # (B, 1) or (B, R)
     ratio = _ratio(logp, old_logp, mask)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return reduce(-torch.minimum(ratio * advantage, clipped * advantage), mask, normalize)

@@ -1,24 +1,24 @@
 """OPD, on-policy distillation with a stop-gradient: what is A_n?
 
-The student p_θ samples y, the teacher q scores each sampled token, u_n = q(y_n|s_n) / p_θ(y_n|s_n), and −f(u_n) is
-taken for a reward, as if u_n did not depend on θ:
+The student p_θ samples y, and the teacher q scores each sampled token: u_n = q(y_n|s_n) / p_θ(y_n|s_n). OPD takes
+−f(u_n) for a reward, as if u_n did not depend on θ:
 
     A_n  =  −f(u_n)  +  Σ_{m>n} γ^{m−n} (−f(u_m))          gradient estimate  Σ_n A_n ∇log p_θ(y_n|s_n)
 
 Sources: student samples, GKD, arXiv 2306.13649; the reward, Lu & Thinking Machines Lab, "On-Policy Distillation",
 2025; the stop-gradient for general f, arXiv 2606.01039, §2.
 
-What this drops: −∇E_p[f(u)] is the mean of −f(u) ∇log p plus that of u f′(u) ∇log p. For −ln u, reverse KL, the
-latter is E[−∇log p] = 0. For other f it is a bias, and not even one that the divergence determines: f and f + c(u−1)
-are the same divergence, with two different −f.
+What this drops: −∇E_p[f(u)] is the mean of −f(u) ∇log p plus the mean of u f′(u) ∇log p. For reverse KL, f = −ln u,
+u f′ = −1 and the second mean is E[−∇log p] = 0. For other f it is a bias. The divergence does not even determine it: f
+and f + c(u−1) are the same divergence, with two different −f.
 """
 
 import torch
 from torch import Tensor
 
-from nano_opd.checks import require_batch, require_log_ratio, require_no_nan, require_same_shape
 from nano_opd.divergences import Divergence
-from nano_opd.policy_gradient import future_return
+from nano_opd.policy_gradient import future_return, mean_over_vocabulary
+from nano_opd.system.checks import require_batch, require_log_ratio, require_same_shape
 
 
 def advantage(
@@ -46,17 +46,8 @@ def advantage(
 
 
 def exact_baseline(student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence) -> Tensor:
-    """E_{v∼p}[−f(u_v)] = −D_f(q‖p) at each prefix, in closed form from both distributions; (B, R), detached.
+    """E_{v∼p}[−f(u_v)] = −D_f(q‖p) at each prefix, (B, R), detached; errors as policy_gradient.mean_over_vocabulary.
 
     Subtracting it leaves the expectation alone. It need not lower the variance: that depends on f, p and q.
-
-    student_logits, teacher_logits  (B, R, V)
-
-    Raises ValueError when their shapes differ, or the sum is NaN: a p below e^−103 is 0 in float32, and its u = ∞.
     """
-    require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    student_logp = student_logits.detach().log_softmax(-1)  # drops nothing: a baseline is a constant
-    log_u = teacher_logits.detach().log_softmax(-1) - student_logp  # drops nothing: the teacher is not trained
-    baseline = (student_logp.exp() * divergence.stop_gradient(log_u)).sum(-1)
-    require_no_nan("baseline", baseline)
-    return baseline
+    return mean_over_vocabulary(student_logits, teacher_logits, divergence.stop_gradient)

@@ -1,7 +1,7 @@
 """OPD+, on-policy distillation with the corrected advantage: what is A_n?
 
-The student p_θ samples y, the teacher q scores each sampled token, u_n = q(y_n|s_n) / p_θ(y_n|s_n), and the gradient of
-E_p[f(u)] is kept whole, the part through u_n included:
+The student p_θ samples y, and the teacher q scores each sampled token: u_n = q(y_n|s_n) / p_θ(y_n|s_n). OPD+ keeps the
+gradient of E_p[f(u)] whole, the part through u_n included:
 
     A_n  =  w_f(u_n)  +  Σ_{m>n} γ^{m−n} (−f(u_m))         w_f(u) = −f(u) + u f′(u)
 
@@ -15,9 +15,9 @@ correction u f′(u) belongs to the token's own advantage alone: summing w_f int
 import torch
 from torch import Tensor
 
-from nano_opd.checks import require_batch, require_log_ratio, require_no_nan, require_same_shape
 from nano_opd.divergences import Divergence
-from nano_opd.policy_gradient import future_return
+from nano_opd.policy_gradient import future_return, mean_over_vocabulary
+from nano_opd.system.checks import require_batch, require_log_ratio, require_same_shape
 
 
 def advantage(
@@ -45,17 +45,8 @@ def advantage(
 
 
 def exact_baseline(student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence) -> Tensor:
-    """E_{v∼p}[w_f(u_v)] at each prefix, in closed form from both distributions; (B, R), detached.
+    """E_{v∼p}[w_f(u_v)] at each prefix, (B, R), detached; errors as policy_gradient.mean_over_vocabulary.
 
     Subtracting it leaves the expectation alone. It need not lower the variance: that depends on f, p and q.
-
-    student_logits, teacher_logits  (B, R, V)
-
-    Raises ValueError when their shapes differ, or the sum is NaN: a p below e^−103 is 0 in float32, and its u = ∞.
     """
-    require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    student_logp = student_logits.detach().log_softmax(-1)  # drops nothing: a baseline is a constant
-    log_u = teacher_logits.detach().log_softmax(-1) - student_logp  # drops nothing: the teacher is not trained
-    baseline = (student_logp.exp() * divergence.unbiased(log_u)).sum(-1)
-    require_no_nan("baseline", baseline)
-    return baseline
+    return mean_over_vocabulary(student_logits, teacher_logits, divergence.unbiased)

@@ -2,36 +2,46 @@
 
     loss = −(1/B) Σ_b Σ_n A_n log p_θ(y_n | s_n)        ∇loss = −(1/B) Σ_b Σ_n A_n ∇log p_θ(y_n | s_n)
 
-The methods differ only in what A_n is. It is a constant here: the gradient that A_n would carry is precisely what OPD+
-accounts for in closed form, so an advantage that still carries one is refused rather than silently counted twice.
+Sources: Williams 1992; Sutton et al. 2000. The methods differ only in what the advantage A_n of token n is.
 
-The divisor is the number of responses B. Dividing by the number of sampled tokens, or each response by its own length,
-makes the divisor depend on the sampled EOS: then E[c ∇log p] = 0 no longer holds and the estimator is biased.
+The convention on detach: A_n is a constant here, so every method detaches it, and every detach has a comment that names
+the term of the gradient that it discards. For most that term is zero. For OPD it is the bias; OPD+ adds it back in
+closed form. An advantage that still carries a gradient would count it twice, and is refused.
+
+The divisor is the number of responses B. The number of sampled tokens, or each response's own length, would depend on
+when the sampled EOS came. Then E[c ∇log p] = 0 no longer holds for a constant c, and the estimator is biased.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from nano_opd.checks import require_batch, require_same_shape
+from nano_opd.system.checks import require_batch, require_no_nan, require_same_shape
 
 
 def loss(logp: Tensor, advantage: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
-    """−Σ A·log p over the sampled tokens, divided by B. Williams 1992; Sutton et al. 2000.
+    """−Σ A·log p over the sampled tokens, divided by B, a scalar.
 
     logp       (B, R) log p_θ(y_n|s_n) in nats, differentiable
     advantage  (B, R), or (B, 1) for one number per response; detached
     mask       (B, R) bool, True up to and including the first EOS
-    normalize  "batch" is unbiased. "token_mean" and "sequence_mean" are here to be compared, and are biased.
+    normalize  "batch" is unbiased; "token_mean" and "sequence_mean" are there to be compared, and are biased
 
     Raises ValueError if the advantage carries a gradient, for shapes that do not match, a mask that is not bool, or an
     unknown `normalize`.
     """
-    if advantage.requires_grad:
-        raise ValueError("the advantage carries a gradient: a method must return it detached")
+    require_constant(advantage)
     require_batch(mask, logp=logp)
     if advantage.shape != (len(logp), 1):
         require_same_shape(logp=logp, advantage=advantage)
     return reduce(-advantage * logp, mask, normalize)
+
+
+def require_constant(advantage: Tensor) -> None:
+    """Raises ValueError if the advantage carries a gradient."""
+    if advantage.requires_grad:
+        raise ValueError("the advantage carries a gradient: a method must return it detached")
 
 
 def reduce(terms: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
@@ -58,3 +68,20 @@ def future_return(reward: Tensor, gamma: float) -> Tensor:
         for n in reversed(range(reward.shape[1] - 1)):
             future[:, n] = gamma * (reward[:, n + 1] + future[:, n + 1])
     return future
+
+
+def mean_over_vocabulary(
+    student_logits: Tensor, teacher_logits: Tensor, advantage: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """E_{v∼p}[A(u_v)] at each prefix, (B, R), in closed form: the exact baseline of an advantage A(log u).
+
+    student_logits, teacher_logits  (B, R, V)
+
+    Raises ValueError when their shapes differ, or the sum is NaN: a p below e^−103 is 0 in float32, and its u = ∞.
+    """
+    require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    student_logp = student_logits.detach().log_softmax(-1)  # drops nothing: a baseline is a constant
+    log_u = teacher_logits.detach().log_softmax(-1) - student_logp  # drops nothing: the teacher is not trained
+    mean = (student_logp.exp() * advantage(log_u)).sum(-1)
+    require_no_nan("baseline", mean)
+    return mean

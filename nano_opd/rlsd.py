@@ -6,18 +6,18 @@ The model that has seen a reference r scores the response of the model that has 
     w_n = exp( sign(A) Δ_n ) = (P_T / P_S)^{sign A}                   evidence weight
     Â_n = A · [ (1 − λ) + λ · clip(w_n, 1 − ε_w, 1 + ε_w) ]           A from GRPO, one per response
 
-A right response is credited most where knowing r makes the token likelier; a wrong one is blamed most where knowing r
-makes it less likely. w > 0, so Â never changes the sign of A: the teacher says how much, never which way, and what only
-a reader of r would do is rewarded in right responses alone, there at most 1 + λ ε_w times as much.
+A right response is credited most where knowing r makes the token likelier. A wrong one is blamed most where knowing r
+makes it less likely. Since w > 0, Â never changes the sign of A: the teacher says how much, never which way. What only
+a reader of r would do is rewarded in right responses alone, and there at most 1 + λ ε_w times as much.
 
-Source: "Self-Distilled RLVR", arXiv 2604.03128, §3, with the options of its public code. What differs from the paper:
-the divisor of the loss is the constant B (grpo.py).
+Source: "Self-Distilled RLVR", arXiv 2604.03128, §4.1, with options of its public code. What differs from the paper: the
+divisor of the loss is the constant B (grpo.py).
 """
 
 import torch
 from torch import Tensor
 
-from nano_opd.checks import require_batch, require_same_shape
+from nano_opd.system.checks import require_batch, require_same_shape
 
 
 def advantage(
@@ -43,7 +43,10 @@ def advantage(
 
     Raises ValueError for λ or ε_w outside its range, shapes that do not match or a mask that is not bool.
     """
-    _require_range(lam, eps_w)
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam must lie in [0, 1], not {lam}")
+    if not 0 <= eps_w < float("inf"):
+        raise ValueError(f"eps_w must be finite and not negative, not {eps_w}")
     require_batch(mask, teacher_logp=teacher_logp, student_logp=student_logp)
     require_same_shape(advantage=advantage, responses=mask[:, 0])
     A = advantage.unsqueeze(1)  # (B, 1)
@@ -76,20 +79,11 @@ def clip_fraction(advantage: Tensor, teacher_logp: Tensor, student_logp: Tensor,
     return ((w < 1 - eps_w) | (w > 1 + eps_w)).float().sum() / max(1, w.numel())
 
 
-def lam_at(step: int, lam: float, warmup: int = 0, decay: int = 0) -> float:
-    """λ of update `step`: linear from 0 over `warmup` updates, then linear to 0 over `decay`; 0 updates switch off.
+def lam_at(step: int, lam: float, decay: int = 0) -> float:
+    """λ of update `step`: it falls linearly to 0 over `decay` updates, and stays as it is where `decay` is 0.
 
     Raises ValueError for a negative number of updates.
     """
-    if min(step, warmup, decay) < 0:
-        raise ValueError(f"numbers of updates must not be negative: {step=}, {warmup=}, {decay=}")
-    if step < warmup:
-        return lam * step / warmup
-    return lam * max(0.0, 1 - (step - warmup) / decay) if decay else lam
-
-
-def _require_range(lam: float, eps_w: float) -> None:
-    if not 0 <= lam <= 1:
-        raise ValueError(f"lam must lie in [0, 1], not {lam}")
-    if not 0 <= eps_w < float("inf"):
-        raise ValueError(f"eps_w must be finite and not negative, not {eps_w}")
+    if min(step, decay) < 0:
+        raise ValueError(f"numbers of updates must not be negative: {step=}, {decay=}")
+    return lam * max(0.0, 1 - step / decay) if decay else lam

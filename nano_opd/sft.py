@@ -1,9 +1,9 @@
-"""Supervised fine-tuning on worked solutions: the warm start of teacher and student, and the off-policy arm.
+"""Supervised fine-tuning on worked solutions: the warm start of teacher and student, and a method of its own.
 
     loss = −(1/B) Σ_b Σ_n log p_θ(y*_n | x, y*_<n)          y* the worked solution with its EOS
 
 It is policy_gradient.loss with the solution in the place of the sample and A = 1. A model that is to be its own teacher
-learns two kinds of prompt at once, with the reference slot blank and with a reference in it.
+learns two kinds of prompt at once: some with a blank reference slot, and some with a reference in it.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nano_opd import arithmetic, policy_gradient
 from nano_opd.gpt import GPT
-from nano_opd.rollout import response_logprobs
-from nano_opd.tokenizer import EOS, PAD, encode_batch
+from nano_opd.rollout import Rollout, response_logprobs
+from nano_opd.tokenizer import EOS, PAD, encode
 
 
 def solution_tokens(
@@ -24,16 +24,20 @@ def solution_tokens(
 
     styles  what stands in each prompt's slot, as in arithmetic.reference, and is answered in kind; None: no slot
     """
-    if styles is None:
-        texts = [arithmetic.prompt(p) + arithmetic.solution(p) for p in problems]
-    else:
-        texts = [
-            arithmetic.prompt(p, arithmetic.reference(p, style)) + arithmetic.solution(p, style)
-            for p, style in zip(problems, styles, strict=True)
-        ]
+    texts = [
+        arithmetic.prompt(p, style and arithmetic.reference(p, style)) + arithmetic.solution(p, style)
+        for p, style in zip(problems, styles or [None] * len(problems), strict=True)
+    ]
     longest = max(map(len, texts), default=0)
-    rows = [row + [EOS] + [PAD] * (longest - len(row)) for row in encode_batch(texts)]
+    rows = [encode(text) + [EOS] + [PAD] * (longest - len(text)) for text in texts]
     return torch.tensor(rows, device=device)
+
+
+def worked_solutions(problems: list[arithmetic.Problem], device: torch.device | str = "cpu") -> Rollout:
+    """The problems' solutions in the place of sampled responses; logp is 0, since no one sampled them."""
+    tokens, prompt_length = solution_tokens(problems, device), arithmetic.prompt_length(problems[0].digits)
+    mask = tokens[:, prompt_length:] != PAD
+    return Rollout(tokens, prompt_length, mask, torch.zeros(mask.shape, device=device))
 
 
 def loss(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:

@@ -30,11 +30,6 @@ def encode(text: str) -> list[int]:
     return ENCODING.encode_ordinary(text)
 
 
-def encode_batch(texts: Iterable[str]) -> list[list[int]]:
-    """Token ids of each text; ValueError as in `encode`."""
-    return [encode(text) for text in texts]
-
-
 def decode(tokens: Iterable[int]) -> str:
     """The text up to the first EOS; a sampled PAD shows. Raises ValueError for an id outside the vocabulary."""
     text = []

@@ -28,9 +28,9 @@ from pathlib import Path
 
 import numpy
 import torch
+from bench import processor
 
-from nano_opd import config
-from nano_opd.timing import processor
+from nano_opd.system import config
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nano_opd import device
+from nano_opd.system import device
 
 torch.set_num_threads(1)
 

@@ -7,8 +7,8 @@ import zipfile
 import pytest
 import torch
 
-from nano_opd import checkpoint
-from nano_opd.checkpoint import CheckpointError
+from nano_opd.system import checkpoint
+from nano_opd.system.checkpoint import CheckpointError
 
 KEY = {"who": "teacher", "digits": 3}
 

@@ -1,35 +1,53 @@
-"""The README's tables and figures are those of the CSVs, and a claim's verdict is what its numbers say."""
+"""The READMEs' tables and figures are those of the CSVs, and a claim's verdict is what its numbers say."""
 
 import csv
 import math
+import re
 import shutil
+import statistics
 from pathlib import Path
 
 import claims
+import figures
 import pytest
 import reproduce
 from PIL import Image
 
-from nano_opd import plots, runs
+from nano_opd.system import runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "notebooks" / "results"
+PAGES = [ROOT / "README.md", ROOT / "notebooks" / "README.md", ROOT / "nano_opd" / "system" / "README.md"]
 
 CLAIMS = [claim for part in claims.CLAIMS.values() for claim in part]
 ARMS = {arm for experiment in reproduce.EXPERIMENTS.values() for arm in experiment.arms}
 
 
-def test_the_readme_says_what_the_results_say():
-    readme = (ROOT / "README.md").read_text()
-    assert claims.fill(readme, claims.blocks(RESULTS)) == readme, "run python notebooks/claims.py"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_the_readmes_say_what_the_results_say(page):
+    made = claims.pages(RESULTS)
+    assert set(made) == set(PAGES)
+    assert made[page] == page.read_text(), "run python notebooks/claims.py"
+
+
+def test_every_block_of_a_readme_is_filled():
+    marked = [name for page in PAGES for name in re.findall(r"<!-- (\w[\w ]*) -->", page.read_text())]
+    assert sorted(marked) == sorted(claims.tables(RESULTS))
 
 
 def test_the_figures_are_those_of_the_results():
-    drawn = claims.figures(RESULTS)
-    assert {path.name for path in RESULTS.glob("*.png")} == {*drawn, "scaling.png"}  # which nano_opd.bench draws
+    drawn = claims.draw(RESULTS)
+    assert {path.name for path in RESULTS.glob("*.png")} == {*drawn, "scaling.png"}  # which notebooks/speed.py draws
     for name, figure in drawn.items():
-        assert Image.open(RESULTS / name).text["Digest"] == plots.digest(figure), "run python notebooks/claims.py"
-        assert f"(notebooks/results/{name})" in (ROOT / "README.md").read_text()
+        assert Image.open(RESULTS / name).text["Digest"] == figures.digest(figure), "run python notebooks/claims.py"
+
+
+def test_each_figure_is_linked_where_it_is_explained():
+    linked = [re.findall(r"\]\(([\w./]+\.png)\)", page.read_text()) for page in PAGES[:2]]
+    assert "notebooks/results/collapse.png" in linked[0]
+    assert sorted(linked[1]) == ["results/dense.png", "results/rlsd.png"]
+    for page, links in zip(PAGES, linked):
+        assert all((page.parent / link).exists() for link in links)
 
 
 def test_one_other_number_in_a_csv_is_another_readme_and_another_figure(tmp_path):
@@ -43,10 +61,10 @@ def test_one_other_number_in_a_csv_is_another_readme_and_another_figure(tmp_path
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    before, after = (claims.blocks(f) for f in (RESULTS, folder))
+    before, after = (claims.tables(f) for f in (RESULTS, folder))
     assert {name for name in before if before[name] != after[name]} == {"dense"}
-    before, after = (claims.figures(f) for f in (RESULTS, folder))
-    differ = {name for name in before if plots.digest(before[name]) != plots.digest(after[name])}
+    before, after = (claims.draw(f) for f in (RESULTS, folder))
+    differ = {name for name in before if figures.digest(before[name]) != figures.digest(after[name])}
     assert differ == {"collapse.png", "dense.png"}
 
 
@@ -54,7 +72,7 @@ def test_all_results_are_small_and_of_arms_that_exist():
     assert sum(path.stat().st_size for path in RESULTS.iterdir()) < 1e6
     for name, experiment in reproduce.EXPERIMENTS.items():
         if (RESULTS / f"{name}.csv").exists():
-            results = plots.read_results(RESULTS / f"{name}.csv")
+            results = figures.read_results(RESULTS / f"{name}.csv")
             assert set(results) <= set(experiment.arms)
             assert {len(seeds) for seeds in results.values()} == {experiment.seeds}
 
@@ -73,6 +91,11 @@ def test_every_claim_names_arms_columns_and_experiments_that_exist():
 def seeds(*ends: float, column="accuracy") -> list[list[dict]]:
     """Runs of 8 updates whose column grows with the square of the step, up to its end."""
     return [[{"step": n, "rollouts": 10 * n, column: end * n * n / 64} for n in range(9)] for end in ends]
+
+
+def cells(text: str) -> list[list[str]]:
+    """Of a Markdown table, without its head."""
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in text.splitlines()[2:]]
 
 
 def test_moments_and_differences():
@@ -99,8 +122,10 @@ def test_moments_and_differences():
         (+1, [0.0, 0.0, 0.0, 0.0], "not seen here"),
         (+1, [0.3, 0.3], "not seen here"),  # no spread, and two seeds are too few for a sign test
         (0, [0.001, -0.002, 0.001, 0.0], "seen"),
+        (0, [0.021, 0.022, 0.020, 0.021], "seen: within ± 0.05, though higher"),
+        (0, [-0.021, -0.022, -0.020, -0.021], "seen: within ± 0.05, though lower"),
         (0, [0.10, -0.12, 0.03, 0.0], "no difference seen"),
-        (0, [0.30, 0.31, 0.29, 0.30], "not seen here"),
+        (0, [0.30, 0.31, 0.29, 0.30], "not seen here: they differ"),
     ],
 )
 def test_verdicts(expected, differences, verdict):
@@ -108,16 +133,79 @@ def test_verdicts(expected, differences, verdict):
     assert claim.verdict(differences, claim.p(differences)) == verdict
 
 
+def test_a_verdict_says_where_only_the_correction_decides():
+    differences = [0.014, 0.011, 0.018, 0.002]
+    for expected, which in ((+1, ""), (-1, "the opposite ")):
+        claim = claims.Claim("", "a", "b", expected)
+        p = claim.p(differences)
+        assert 0.01 < p < 0.05
+        why = f"not seen here ({which}only before the correction for 12 claims: p = {p:.3f})"
+        assert claim.verdict(differences, 12 * p, 12) == why
+    norms = claims.Claim("", "a", "b", 0, column="grad_norm")
+    assert norms.verdict([0.10, 0.11, 0.10, 0.09], 0.001) == "seen: within a factor 1.5, though higher"
+
+
+def test_two_accuracies_near_0_say_nothing():
+    results = {"a": seeds(0.018, 0.001, 0.003), "b": seeds(0.0, 0.0, 0.001), "c": seeds(0.3, 0.32, 0.31)}
+    verdicts = lambda *made: [judged[-1] for judged in claims.judge(list(made), results)]
+    nothing = "**says nothing: both are near 0**"
+    assert verdicts(*(claims.Claim("", "a", "b", expected) for expected in (-1, 0, +1))) == [nothing] * 3
+    assert verdicts(claims.Claim("", "c", "b", +1)) == ["**seen**"]
+    leaks = {arm: seeds(0.018, 0.001, 0.003, column="leak_rate") for arm in "ab"}
+    assert claims.judge([claims.Claim("", "a", "b", +1, "", "leak_rate")], leaks)[0][-1] == "**not seen here**"
+
+
 def test_p_values_are_corrected_for_the_claims_that_were_run():
     results = {"a": seeds(0.5, 0.6, 0.7), "b": seeds(0.1, 0.25, 0.3)}
     one, missing = claims.Claim("one", "a", "b", +1), claims.Claim("two", "a", "c", +1)
-    cells = lambda text: [row.strip("| ").split(" | ") for row in text.splitlines()[2:]]
     alone = cells(claims.claims_table([one, missing], results))
     twice = cells(claims.claims_table([one, one], results))
     p = claims.paired_p(one.differences(results))
     assert alone[0][2] == claims.interval([0.4, 0.35, 0.4]) and alone[0][3] == f"{p:.3f}"
     assert alone[1][4:6] == ["0", "not run"]
     assert twice[0][3] == twice[1][3] == f"{2 * p:.3f}"
+
+
+def test_the_short_table_repeats_the_long_ones():
+    tables = claims.tables(RESULTS)
+    long = {row[0]: row for name in tables if name.startswith("claims") for row in cells(tables[name])}
+    for (text, published, here, why), reason in zip(cells(tables["found"]), claims.FOUND.values(), strict=True):
+        assert [published, here] == [long[text][1], f"{long[text][2]} {long[text][5]}"]
+        assert why == reason and long[text][4] == "5"
+
+
+def test_the_reasons_in_the_short_table_are_in_the_csvs():
+    results = claims.load(RESULTS)
+    end = lambda arm, column: [seed[-1][column] for seed in results[arm]]
+    mean_end = lambda arm: f"{statistics.mean(end(arm, 'accuracy')):.3f}"
+    why = list(claims.FOUND.values())
+    reverse_kl = mean_end("opd, reverse_kl, sampled")
+    assert f"OPD with reverse KL ends at {reverse_kl}, so at most {1 - float(reverse_kl):.3f}" in why[5]
+    assert f"OPSD ends at {mean_end('opsd, work')}" in why[7]
+    low, *most = sorted(end("opsd", "leak_rate"))
+    assert len(most) == 4 and f"in {most[0]} to {most[-1]} of their answers, one in {low}" in why[8]
+    search, confirm = (claims.judge(claims.CLAIMS[name], results) for name in ("search", "confirm"))
+    assert len(search) == 12 and all(row[-1].startswith("**not seen here") for row in search + confirm)
+    assert claims.CLAIMS["confirm"][0].first.startswith("rlsd, sync 50")
+    gains = {c.text: statistics.mean(c.differences(results)) for c in claims.CLAIMS["search"]}
+    assert max(gains, key=gains.get) == "sync 50"
+
+
+def test_what_the_prose_says_of_grpo_and_of_evaluations():
+    results = claims.load(RESULTS)
+    claim = next(claim for claim in CLAIMS if "beats GRPO" in claim.text)
+    start = statistics.mean(seed[0]["accuracy"] for seed in results[claims.SPARSE])
+    assert f"starts at {start:.2f} here" in claim.text
+    assert "--student-steps 210 --lr 4e-4" in reproduce.EXPERIMENTS["baselines"].arms[claims.SPARSE]
+    assert "with 210 warm-start updates and lr 4e-4" in claim.text
+    assert "--eval-size 250" in reproduce.EVALUATION  # four times as many at the start and at the end
+    assert all(seed[-1]["response_length"] < 4 for arm in results if "γ=1" in arm for seed in results[arm])
+
+
+def test_the_seeds_that_leak_are_counted():
+    results = {"opsd": seeds(0.1, 0.3, 0.4, column="leak_rate"), "grpo": seeds(0.0, 0.2, column="leak_rate")}
+    said = claims.leaks(results)
+    assert "0 of 2 under `grpo`, 2 of 3 under `opsd`" in said and "rlsd" not in said
 
 
 def test_rollouts_to_a_level_lie_on_the_line_between_two_evaluations():

@@ -3,7 +3,9 @@
 This file is also the program of those processes: `torchrun tests/test_distributed.py shares|run <folder> …`.
 """
 
+import copy
 import csv
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,20 +16,26 @@ import pytest
 import torch
 
 import train
-from nano_opd import arithmetic, checkpoint, config, distributed, losses
+from nano_opd import arithmetic
+from nano_opd.evaluate import prompts_of, slots_of
 from nano_opd.gpt import GPT
-from nano_opd.rollout import Rollout
+from nano_opd.methods import METHODS
+from nano_opd.rollout import Rollout, sample
+from nano_opd.system import checkpoint, config, distributed, streams
+from nano_opd.system.checks import NumericalFault
+from nano_opd.system.fast_rollout import sampler
 
 ROOT = Path(__file__).parents[1]
 TINY = (
-    "--digits 1 --heads 2 --teacher-layers 1 --teacher-width 16 --student-layers 1 --student-width 8 --teacher-steps 5 "
+    "--digits 1 --teacher-layers 1 --teacher-width 16 --student-layers 1 --student-width 8 --teacher-steps 5 "
     "--student-steps 3 --sft-batch-size 8 --batch-size 16 --eval-size 4 --eval-every 5 --steps 12 --device cpu"
 ).split()
 ARMS = {
     "sft": "--method sft",
     "gkd": "--method gkd",
-    "opd": "--method opd --variance sampled --gamma 1",
+    "opd": "--method opd --gamma 1",
     "opdplus": "--method opdplus",
+    "baseline": "--method opdplus --variance baseline",
     "own length": "--method opdplus --normalize sequence_mean",
     "grpo": "--method grpo --epochs 2",
     "opsd": "--method opsd --group-size 2",
@@ -35,7 +43,7 @@ ARMS = {
     "rlsd": "--method rlsd --epochs 2 --group-size 2 --lam 1 --eps-w 0.9",
     "shuffled": "--method rlsd --reference shuffled --lam 1 --eps-w 0.9",
 }
-RUN = "opdplus-jsd-baseline-add1-seed0-ranks2"
+RUN = "opdplus-jsd-sampled-add1-seed0-ranks2"
 
 
 def lucky(problems, rollout):
@@ -46,7 +54,7 @@ def lucky(problems, rollout):
 def models(cfg):
     """A student and a teacher that differ, the same on every rank, and whose every weight matters."""
     torch.manual_seed(0)
-    pair = GPT(cfg.gpt("student")), GPT(cfg.gpt("student" if cfg.privileged else "teacher"))
+    pair = GPT(cfg.gpt("student")), GPT(cfg.gpt("student" if cfg.reference_slot else "teacher"))
     for parameter in [p for model in pair for p in model.parameters()]:
         torch.nn.init.normal_(parameter, std=0.5)
     return pair
@@ -63,12 +71,26 @@ def record(module, name, kept):
     setattr(module, name, recorded)
 
 
+def gradients_of_an_update(cfg, student, teacher, sampler):
+    """One for each epoch, (T,), all weights in a row: the second is at the weights that followed the first."""
+    gradients, optimizer = [], torch.optim.SGD(student.parameters(), lr=0.01)
+    read = lambda *_: gradients.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+    optimizer.register_step_pre_hook(read)
+    train.update(cfg, 3, student, teacher.requires_grad_(False), optimizer, sampler)
+    return gradients
+
+
 def work_on_shares(folder):
-    """One update's gradient for every arm, with all that this rank has drawn for it, in a file of its own."""
-    out, kept, losses.rewards = {}, {}, lucky
-    for module, name in [(train, "sample"), (train, "prompts_of"), (arithmetic, "draw_references")]:
-        record(module, name, kept)
-    record(train.sft, "solution_tokens", kept)
+    """One update's gradients for every arm, with all that this rank has drawn for it, in a file of its own."""
+    out, kept, train.rewards = {}, {}, lucky
+    record(arithmetic, "draw_references", kept)
+    record(train.sft, "worked_solutions", kept)
+
+    def recorded(student, prompts, *rest):
+        kept["prompts"] = prompts
+        kept["sample"] = sampler(torch.device("cpu"))(student, prompts, *rest)
+        return kept["sample"]
+
     with distributed.group(torch.device("cpu")):
         for arm, arguments in ARMS.items():
             cfg = config.parse([*TINY, *arguments.split()])
@@ -76,30 +98,35 @@ def work_on_shares(folder):
             if distributed.rank() > 0:
                 torch.nn.init.zeros_(student.embedding.weight)  # so that the weights must come from rank 0
             kept.clear()
-            replica = distributed.replicate(student)
-            loss_of_epoch = train.objective(cfg, 3, replica, teacher.requires_grad_(False))
-            loss_of_epoch()[0].backward()
-            gradient = {name: p.grad for name, p in student.named_parameters()}
-            out[arm] = {"gradient": gradient, **{k: vars(v) if k == "sample" else v for k, v in kept.items()}}
+            gradients = gradients_of_an_update(cfg, distributed.replicate(student), teacher, recorded)
+            drawn = {key: vars(value) if isinstance(value, Rollout) else value for key, value in kept.items()}
+            out[arm] = {"gradients": gradients, "weights": student.state_dict(), **drawn}
     torch.save(out, Path(folder) / f"{distributed.rank()}.pt")
 
 
 def work_on_a_run(out_dir, event, *arguments):
     """train.py with the weights of every rank on disk at its end; `event` happens to rank 1 alone, at step 7."""
-    update, trained = train.update, train.train
+    update, trained, method = train.update, train.train, METHODS["opdplus"]
 
-    def eventful(cfg, step, student, *rest):
+    def broken_loss(scored):
+        return scored.student_logp.sum() / 0, {}
+
+    def broken_sample(*_):
+        raise NumericalFault("the log-prob of a sampled token is broken here")
+
+    def eventful(cfg, step, student, teacher, optimizer, sample):
         if step == 7 and distributed.rank() == 1:
             if event == "fault":
-                train.distillation_loss = lambda cfg, student, *rest: (student.module.position.weight.sum() / 0, {})
+                METHODS["opdplus"] = dataclasses.replace(method, loss=broken_loss)
+            elif event == "early fault":  # before it comes to a forward, where the other waits for its gradient
+                sample = broken_sample
             elif event:
                 os.kill(os.getpid(), getattr(signal, event))
-        return update(cfg, step, student, *rest)
+        return update(cfg, step, student, teacher, optimizer, sample)
 
-    def kept(cfg, student, *rest):
-        rows = trained(cfg, student, *rest)
-        torch.save({"student": student.state_dict(), "rows": rows}, Path(out_dir) / f"{distributed.rank()}.pt")
-        return rows
+    def kept(run, student, teacher):
+        trained(run, student, teacher)
+        torch.save({"student": student.state_dict(), "rows": run.rows}, Path(out_dir) / f"{distributed.rank()}.pt")
 
     train.update, train.train = eventful, kept
     if distributed.rank() > 0:
@@ -140,55 +167,59 @@ def shares(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
+def batch_of(cfg):
+    """The problems of all ranks, as one process draws them."""
+    drawn = streams.draw_problems(cfg, "problems", 16 // cfg.copies, 3)
+    return [problem for problem in drawn for _ in range(cfg.copies)]
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_rank_has_the_gradient_of_one_process_on_all_their_rollouts(arm, shares, monkeypatch):
     parts, cfg = [share[arm] for share in shares], config.parse([*TINY, *ARMS[arm].split()])
     student, teacher = models(cfg)
-    copies = cfg.group_size if cfg.privileged else 1
-    batch = [p for p in train.problems(cfg, "problems", 16 // copies, 3) for _ in range(copies)]
-    if arm == "sft":
-        loss = train.sft.loss(student, torch.cat([part["solution_tokens"] for part in parts]), cfg.prompt_length)
-    else:
-        samples = [part["sample"] for part in parts]
-        together = {key: torch.cat([s[key] for s in samples]) for key in ("tokens", "mask", "logp")}
-        rollout = Rollout(prompt_length=cfg.prompt_length, **together)
-        if cfg.privileged:
-            slots = sum([part.get("draw_references", []) for part in parts], [])
-            monkeypatch.setattr(losses, "rewards", lucky)
-            monkeypatch.setattr(arithmetic, "draw_references", lambda *_: slots)
-            loss, _ = losses.privileged_loss(cfg, 3, student, teacher.requires_grad_(False), rollout, batch)
-        else:
-            loss, _ = losses.distillation_loss(cfg, student, teacher.requires_grad_(False), rollout)
-    loss.backward()
-    size = max(p.grad.abs().max() for p in student.parameters())
-    assert size > 0
-    for name, parameter in student.named_parameters():
-        ours, theirs = (part["gradient"][name] for part in parts)
-        assert torch.equal(ours, theirs)
-        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-5 * size.item())
+    start = copy.deepcopy(student.state_dict())
+    samples = [part["worked_solutions" if arm == "sft" else "sample"] for part in parts]
+    together = {key: torch.cat([s[key] for s in samples]) for key in ("tokens", "mask", "logp")}
+    rollout = Rollout(prompt_length=cfg.prompt_length, **together)
+    slots = sum([part.get("draw_references", []) for part in parts], [])
+    monkeypatch.setattr(train, "rewards", lucky)
+    monkeypatch.setattr(arithmetic, "draw_references", lambda *_: slots)
+    wanted = gradients_of_an_update(cfg, student, teacher, lambda *_: rollout)
+    assert len(wanted) == cfg.epochs
+    for want, ours, theirs in zip(wanted, *(part["gradients"] for part in parts), strict=True):
+        assert want.abs().max() > 0 and torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+    for name, weight in student.state_dict().items():
+        ours, theirs = (part["weights"][name] for part in parts)
+        assert torch.equal(ours, theirs) and not torch.equal(weight, start[name])
+        torch.testing.assert_close(ours, weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "sft"])
 def test_ranks_share_out_the_problems_of_one_process_and_sample_with_their_own_streams(arm, shares):
     parts, cfg = [share[arm] for share in shares], config.parse([*TINY, *ARMS[arm].split()])
-    copies = cfg.group_size if cfg.privileged else 1
-    batch = [p for p in train.problems(cfg, "problems", 16 // copies, 3) for _ in range(copies)]
-    slots = train.slots_of(batch, "blank") if cfg.privileged else None
-    assert torch.equal(torch.cat([part["prompts_of"] for part in parts]), train.prompts_of(batch, "cpu", slots))
+    batch = batch_of(cfg)
+    slots = slots_of(batch, "blank") if cfg.reference_slot else None
+    assert torch.equal(torch.cat([part["prompts"] for part in parts]), prompts_of(batch, "cpu", slots))
     student, _ = models(cfg)
 
     def answers(part, purpose):
-        stream = train.torch_stream(cfg.seed, purpose, 3)
-        return train.sample(student, part["prompts_of"], cfg.response_cap, stream).tokens
+        return sample(student, part["prompts"], cfg.response_cap, streams.torch_stream(cfg.seed, purpose, 3)).tokens
 
     assert torch.equal(parts[0]["sample"]["tokens"], answers(parts[0], "rollout"))  # as with one process
     assert torch.equal(parts[1]["sample"]["tokens"], answers(parts[1], "rollout of rank 1"))
     assert not torch.equal(parts[1]["sample"]["tokens"], answers(parts[1], "rollout"))
-    if "draw_references" in parts[1]:
-        rng = train.numpy_stream(cfg.seed, "reference of rank 1", 3)
-        theirs = batch[len(batch) // 2 :]
-        drawn = arithmetic.draw_references(theirs, cfg.group_size, rng, cfg.reference)
-        assert parts[1]["draw_references"] == drawn
+    assert ("draw_references" in parts[1]) == cfg.reference_slot
+    if cfg.reference_slot:
+        for part, purpose, theirs in zip(parts, ("reference", "reference of rank 1"), (batch[:8], batch[8:])):
+            rng = streams.numpy_stream(cfg.seed, purpose, 3)
+            assert part["draw_references"] == arithmetic.draw_references(theirs, cfg.group_size, rng, cfg.reference)
+
+
+def test_ranks_share_out_the_worked_solutions_of_one_process(shares):
+    cfg = config.parse([*TINY, "--method", "sft"])
+    both = torch.cat([share["sft"]["worked_solutions"]["tokens"] for share in shares])
+    assert torch.equal(both, train.sft.worked_solutions(batch_of(cfg)).tokens)
 
 
 @pytest.fixture(scope="module")
@@ -245,9 +276,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(finished, tmp_path):
     assert same(finished[0], tmp_path)
 
 
-def test_a_fault_on_one_rank_stops_all_with_one_sentence(tmp_path):
-    ended = run(tmp_path, "fault")
-    assert ended.returncode == 1 and ended.stderr.count("train.py: step 7: the loss is") == 1
+@pytest.mark.parametrize(
+    "fault,sentence", [("fault", "the loss is"), ("early fault", "the log-prob of a sampled token is broken here")]
+)
+def test_a_fault_on_one_rank_stops_all_with_one_sentence(fault, sentence, tmp_path):
+    ended = run(tmp_path, fault)
+    assert ended.returncode == 1 and ended.stderr.count(f"train.py: step 7: {sentence}") == 1
     assert "another process" not in ended.stderr and state(tmp_path)["step"] == 5
 
 
@@ -281,12 +315,12 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
-    assert distributed.place(torch.device("cuda")) == torch.device("cuda:1")
-    assert distributed.place(torch.device("cpu")) == torch.device("cpu")
+    assert distributed.own_device(torch.device("cuda")) == torch.device("cuda:1")
+    assert distributed.own_device(torch.device("cpu")) == torch.device("cpu")
     for refused, there in [("mps", 2), ("cuda:0", 2), ("cuda", 1)]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: there)
         with pytest.raises(ValueError, match=f"{refused}: 2 processes need"):
-            distributed.place(torch.device(refused))
+            distributed.own_device(torch.device(refused))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,37 @@
 """Intervals, pass@k, rewards, and the KL and entropy of an evaluation against their definitions."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from nano_opd import arithmetic, evaluate
+from nano_opd import arithmetic, evaluate, sft
 from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.rollout import Rollout, sample
-from nano_opd.streams import numpy_stream, torch_stream
+from nano_opd.system.streams import numpy_stream, torch_stream
 from nano_opd.tokenizer import EOS, PAD, VOCAB_SIZE, encode
+
+
+def test_wilson_covers_the_truth():
+    """Exact coverage over all outcomes of 60 trials: at least 93 % for every p, and never outside [0, 1]."""
+    n = 60
+    for p in torch.linspace(0.02, 0.98, 25).tolist():
+        binomial = torch.distributions.Binomial(n, torch.tensor(p, dtype=torch.float64))
+        covered = 0.0
+        for k in range(n + 1):
+            low, high = evaluate.wilson(k, n)
+            covered += binomial.log_prob(torch.tensor(float(k))).exp().item() * (low <= p <= high)
+        assert covered > 0.93
+    assert evaluate.wilson(0, 500)[1] < 0.01 < 0.99 < evaluate.wilson(500, 500)[0]
+
+
+def test_wilson_never_leaves_zero_to_one_and_is_never_empty():
+    """Exactly: at 0 or n of n, rounding alone would leave it."""
+    for n in range(1, 150):
+        for k in range(n + 1):
+            low, high = evaluate.wilson(k, n)
+            assert 0 <= low < high <= 1 and low - 1e-12 <= k / n <= high + 1e-12
 
 
 def test_pass_at_k_is_the_chance_that_k_of_the_samples_contain_a_right_one():
@@ -37,6 +59,16 @@ def test_a_right_answer_counts_only_with_its_eos():
     assert cut.truncated.item() and evaluate.rewards([problem], cut).tolist() == [0]
 
 
+def test_ragged_or_missing_prompts_are_refused():
+    short, long = arithmetic.Problem("add", 1, 2, 3), arithmetic.Problem("add", 2, 12, 34)
+    with pytest.raises(ValueError, match=r"same length, not \[4, 6\]"):
+        evaluate.prompts_of([short, long])
+    with pytest.raises(ValueError, match="same length, not no prompt"):
+        evaluate.prompts_of([])
+    assert evaluate.prompts_of([short, short]).tolist() == [encode("2+3=")] * 2
+    assert evaluate.prompts_of([short], slots=["05#05"]).tolist() == [encode("05#05 2+3=")]
+
+
 @pytest.fixture
 def models():
     torch.manual_seed(0)
@@ -60,6 +92,26 @@ def test_kl_and_entropy_are_means_over_the_sampled_tokens(models):
     assert got["truncated"] == pytest.approx(rollout.truncated.float().mean().item())
 
 
+def test_accuracy_is_of_the_samples_and_greedy_accuracy_of_the_likeliest_tokens(models):
+    """A sampler that is right only when it is greedy, then one that is right only when it is not."""
+    problems = arithmetic.sample_problems("add", 1, 10, numpy_stream(0, "x"))
+    right, stream = sft.worked_solutions(problems), torch_stream(0, "y")
+    tokens = right.tokens.clone()
+    tokens[:, -2] = (tokens[:, -2] + 1) % 10  # the last digit of the answer
+    wrong = replace(right, tokens=tokens, mask=right.mask.clone())
+    wrong.mask[:, 5:] = False
+    for greedy_is_right in (True, False):
+
+        def sampler(model, prompts, max_new_tokens, generator=None, greedy=False, wanted=greedy_is_right):
+            assert model is models[0] and max_new_tokens == 12 and (greedy or generator is stream)
+            assert torch.equal(prompts, evaluate.prompts_of(problems))
+            return right if greedy == wanted else wrong
+
+        got = evaluate.evaluate(*models, problems, 12, stream, sample=sampler)
+        assert got["greedy_accuracy"] == greedy_is_right and got["accuracy"] == (not greedy_is_right)
+        assert got["response_length"] == (5 if greedy_is_right else 11)  # as all the rest, of the samples
+
+
 def test_a_student_is_at_distance_zero_from_itself(models):
     problems = arithmetic.sample_problems("add", 1, 10, numpy_stream(0, "x"))
     assert abs(evaluate.evaluate(models[0], models[0], problems, 16, torch_stream(0, "y"))["kl"]) < 1e-6
@@ -74,7 +126,7 @@ def test_leakage_is_measured_against_every_reference(models):
         torch.nn.init.normal_(block.attention_out.weight, std=0.5)
     student.embedding.weight[encode("@")[0]] *= 1.5  # so that some answers cite
     problems = arithmetic.sample_problems("add", 1, 40, numpy_stream(0, "x"))
-    got = evaluate.evaluate(student, teacher, problems, 6, torch_stream(0, "y"), privileged=True)
+    got = evaluate.evaluate(student, teacher, problems, 6, torch_stream(0, "y"), reference_slot=True)
     blank = torch.tensor([encode("_____ " + arithmetic.prompt(p)) for p in problems])
     rollout = sample(student, blank, 6, torch_stream(0, "y"))
     kl, gap, tokens, cited = 0.0, 0.0, 0, 0
@@ -101,17 +153,5 @@ def test_leakage_is_measured_against_every_reference(models):
 def test_the_reasoning_span_ends_before_the_answer():
     texts = ["2+3=05 #05", "#05", "2+3"]
     rows = torch.tensor([encode(t) + [EOS] + [PAD] * (11 - len(t)) for t in texts])
-    span = evaluate.reasoning_span(Rollout(rows, 0, rows != PAD, torch.zeros(rows.shape)))
+    span = evaluate.reasoning_span(rows)
     assert span[0].tolist() == [True] * 7 + [False] * 5 and not span[1].any() and span[2].all()
-
-
-def test_token_credit_by_hand():
-    advantage = torch.tensor([[-1.0, -1, -1, -1], [-1, -4, -1, 9], [0.5, 2, -2, 0.5], [0, 0, 3, 1]])
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
-    ratio, first = evaluate.token_credit(advantage, mask, torch.tensor([2, 1, 1, 0]))
-    torch.testing.assert_close(ratio, torch.tensor([1.0, 4.0, 2.0, 0.0]))
-    torch.testing.assert_close(first, torch.tensor([0.25, 1.0, 0.5, 0.0]))
-    torch.testing.assert_close(evaluate.token_credit(10 * advantage, mask, torch.tensor([2, 1, 1, 0])), (ratio, first))
-    for token, cut in [(3, mask), (0, mask & (torch.arange(4) < 1))]:
-        with pytest.raises(ValueError, match="inside a response of at least two tokens"):
-            evaluate.token_credit(advantage, cut, torch.full((4,), token))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.func import functional_call
 
 from nano_opd import divergences, exact, gkd, opd, opdplus, policy_gradient
 from nano_opd.divergences import Divergence
@@ -26,11 +27,24 @@ def tiny_gpt(seed: int, vocab_size: int = V) -> GPT:
     return model
 
 
+def gpt_policy(model: GPT, prompt: torch.Tensor) -> tuple[exact.Policy, torch.Tensor]:
+    """The policy that continues prompt (P,) int64 with `model`, and its θ (T,) float64: all weights in a row."""
+    names, weights = zip(*model.named_parameters())
+
+    def policy(theta, tokens):
+        pieces = theta.split([w.numel() for w in weights])
+        named = {name: piece.view(w.shape) for name, piece, w in zip(names, pieces, weights)}
+        call = lambda tokens, **options: functional_call(model, named, (tokens,), options)
+        return response_logits(call, torch.cat([prompt.expand(len(tokens), -1), tokens], 1), len(prompt))
+
+    return policy, torch.cat([w.detach().flatten().double() for w in weights])
+
+
 def build(policy: str, eos: int | None) -> World:
     if policy == "tabular":
         student, teacher = (exact.random_tabular(V, R, seed) for seed in (0, 1))
     else:
-        student, teacher = (exact.gpt_policy(tiny_gpt(seed), torch.tensor([1, 2])) for seed in (0, 1))
+        student, teacher = (gpt_policy(tiny_gpt(seed), torch.tensor([1, 2])) for seed in (0, 1))
     return World.of(student, teacher, V, R, eos)
 
 
@@ -138,7 +152,7 @@ def test_probabilities_sum_to_one_and_the_score_has_mean_zero(world):
 
 def test_the_gpt_policy_is_the_gpt():
     model, prompt = tiny_gpt(0), torch.tensor([1, 2])
-    policy, theta = exact.gpt_policy(model, prompt)
+    policy, theta = gpt_policy(model, prompt)
     tokens, _ = exact.enumerate_responses(V, R)
     want = response_logits(model.double(), torch.cat([prompt.expand(len(tokens), 2), tokens], 1), 2)
     torch.testing.assert_close(policy(theta, tokens), want)
@@ -149,7 +163,7 @@ def test_rollouts_average_to_the_enumeration():
     model, N = tiny_gpt(0, VOCAB_SIZE), 4000
     with torch.no_grad():
         model.embedding.weight[EOS] *= 2
-    student, teacher = (exact.gpt_policy(m, torch.tensor([1, 2])) for m in (model, tiny_gpt(1, VOCAB_SIZE)))
+    student, teacher = (gpt_policy(m, torch.tensor([1, 2])) for m in (model, tiny_gpt(1, VOCAB_SIZE)))
     world = World.of(student, teacher, VOCAB_SIZE, 2, EOS)
     estimator = exact.sampled(unbiased(divergences.get("jsd"), 1.0))
     want = exact.moments(world, estimator)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nano_opd import device, gpt
+from nano_opd import gpt
 from nano_opd.gpt import GPT, GPTConfig
+from nano_opd.system import device
 
 
 def new_model(block_size):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEDGER = ROOT / "README.md"
+LEDGER = ROOT / "nano_opd" / "README.md"
 ESTIMATORS = ["opd", "opdplus", "gkd", "grpo", "opsd", "rlsd", "policy_gradient"]
 
 

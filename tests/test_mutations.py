@@ -27,18 +27,18 @@ MUTATIONS = {
     "opd.py": [
         ("(mask, log_u, 0.0).detach()", "(mask, log_u, 0.0)", "estimators: baselines_are_detached"),
         ("baseline.detach()", "baseline", "estimators: baselines_are_detached"),
-        ("student_logits.detach()", "student_logits", "estimators: baselines_are_detached"),
-        ("teacher_logits.detach()", "teacher_logits", "estimators: baselines_are_detached"),
         ("own = reward\n", "own = -reward\n", "exact: missing_term"),
         ("own = reward\n", "own = divergence.unbiased(log_u)\n", "exact: missing_term"),
         ("future_return(reward, gamma)", "future_return(-reward, gamma)", "exact: missing_term"),
-        ("* divergence.stop_gradient(log_u)", "* divergence.unbiased(log_u)", "estimators: exact_baselines"),
+        (
+            "teacher_logits, divergence.stop_gradient)",
+            "teacher_logits, divergence.unbiased)",
+            "estimators: exact_baselines",
+        ),
     ],
     "opdplus.py": [
         ("(mask, log_u, 0.0).detach()", "(mask, log_u, 0.0)", "estimators: baselines_are_detached"),
         ("baseline.detach()", "baseline", "estimators: baselines_are_detached"),
-        ("student_logits.detach()", "student_logits", "estimators: baselines_are_detached"),
-        ("teacher_logits.detach()", "teacher_logits", "estimators: baselines_are_detached"),
         ("torch.where(mask, log_u, 0.0)", "torch.where(mask, -log_u, 0.0)", "exact: unbiased_for_the_prefix"),
         ("own = divergence.unbiased(log_u)", "own = reward", "exact: unbiased_for_the_prefix"),
         (
@@ -49,7 +49,7 @@ MUTATIONS = {
         ("future_return(reward, gamma)", "future_return(own, gamma)", "exact: unbiased_for_the_prefix"),
         ("own + future_return", "own * future_return", "exact: unbiased_for_the_prefix"),
         ("A = A - baseline", "A = A * baseline", "exact: baseline_and_full"),
-        ("(student_logp.exp() *", "(teacher_logits.softmax(-1) *", "estimators: exact_baselines"),
+        ("teacher_logits, divergence.unbiased)", "teacher_logits, divergence.f)", "estimators: exact_baselines"),
         ("return torch.where(mask, A, 0.0)", "return A", "estimators: term_by_term"),
     ],
     "gkd.py": [
@@ -78,6 +78,9 @@ MUTATIONS = {
             "estimators: term_by_term",
         ),
         ("if advantage.requires_grad:", "if False:", "estimators: misuse"),
+        ("student_logits.detach()", "student_logits", "estimators: baselines_are_detached"),
+        ("teacher_logits.detach()", "teacher_logits", "estimators: baselines_are_detached"),
+        ("(student_logp.exp() *", "(teacher_logits.softmax(-1) *", "estimators: exact_baselines"),
     ],
     "grpo.py": [
         ("torch.where(_equal(groups), 0.0, A).flatten()", "A.flatten()", "grpo: equal_rewards"),
@@ -107,68 +110,122 @@ MUTATIONS = {
     ],
     "evaluate.py": [
         ("teacher_logp.mean(0)", "teacher_logp[0]", "evaluate: every_reference"),
-        ("- own) / (length - 1)", ") / length", "evaluate: credit_by_hand"),
-        ("/ top.sum(1)", "* 1.0", "evaluate: credit_by_hand"),
+        ("max_new_tokens, greedy=True)", "max_new_tokens)", "evaluate: likeliest"),
+        ("& ~rollout.truncated", "", "evaluate: right_answer"),
+        ("== 0\n\n\n@torch", "== 1\n\n\n@torch", "evaluate: reasoning_span"),
     ],
     "arithmetic.py": [
         ("groups = groups[1:] + groups[:1]", "pass", "arithmetic: shuffled"),
         ("for _ in range(group_size)]", "for _ in range(1)]", "arithmetic: shuffled"),
+        ("list(TASKS).index(task)", "0", "arithmetic: own_split"),
     ],
     "divergences.py": [
         ("return -self.f(log_u)", "return self.f(log_u)", "exact: missing_term"),
-        ("f=lambda x: -x,", "f=lambda x: x,", "exact: names_say"),
-        ("unbiased=lambda x: x - 1)", "unbiased=lambda x: 1 - x)", "exact: unbiased_for_the_prefix"),
-        ("unbiased=exp)", "unbiased=lambda x: x * exp(x))", "exact: unbiased_for_the_prefix"),
+        ('"reverse_kl", lambda x: -x,', '"reverse_kl", lambda x: x,', "exact: names_say"),
+        ("lambda x: x - 1)", "lambda x: 1 - x)", "exact: unbiased_for_the_prefix"),
+        ("lambda x: x + 1, exp)", "lambda x: x + 1, lambda x: x * exp(x))", "exact: unbiased_for_the_prefix"),
         (
-            "unbiased=lambda x: log1p(expm1(x) / 2) / 2",
-            "unbiased=lambda x: log1p(expm1(x) / 2)",
+            "lambda x: log1p(expm1(x) / 2) / 2)",
+            "lambda x: log1p(expm1(x) / 2))",
             "exact: unbiased_for_the_prefix",
         ),
-        ("f_prime=lambda x: x + 1", "f_prime=lambda x: x", "exact: missing_term"),
+        ("lambda x: x + 1, exp)", "lambda x: x, exp)", "exact: missing_term"),
         ("else expm1(a * x) / a", "else expm1(a * x)", "exact: unbiased_for_the_prefix"),
-        ("unbiased=lambda x: x.sign() / 2", "unbiased=lambda x: x.sign()", "exact: unbiased_for_the_prefix"),
-    ],
-    "losses.py": [
         (
-            "log_u = teacher_logp - student_logp",
-            "log_u = student_logp - teacher_logp",
-            "losses: gradient_of_the_loop and opdplus",
-        ),
-        (
-            '{"opd": opd, "opdplus": opdplus}',
-            '{"opd": opdplus, "opdplus": opd}',
-            "losses: gradient_of_the_loop and opdplus",
-        ),
-        (
-            'stop_gradient=cfg.method == "opd"',
-            'stop_gradient=cfg.method != "opd"',
-            "losses: gradient_of_the_loop and full",
-        ),
-        (
-            "mask, divergence, cfg.gamma, baseline",
-            "mask, divergence, 0.0, baseline",
-            "losses: gradient_of_the_loop and gamma",
-        ),
-        (
-            "(logprobs_of(rollout.responses, z)",
-            "(logprobs_of(rollout.responses.roll(1, 1), z)",
-            "losses: gradient_of_the_loop and opdplus",
+            "x.sign() / 2, lambda x: x.sign() / 2)",
+            "x.sign() / 2, lambda x: x.sign())",
+            "exact: unbiased_for_the_prefix",
         ),
     ],
     "rollout.py": [
-        ("ends.cumsum(1) - ends == 0", "ends.cumsum(1) == 0", "rollout: first_eos"),
+        ("unfinished & (token != EOS)", "unfinished", "rollout: first_eos"),
+        ("mask[:, n : n + 1] = unfinished", "mask[:, n : n + 1] = unfinished & (token != EOS)", "rollout: first_eos"),
+        ("torch.where(unfinished, token, PAD)", "token", "rollout: first_eos"),
+        ("slice(P + n - 1, P + n)", "slice(P + n - 2, P + n - 1)", "rollout: full_forward"),
+        ("model(prompts[:, :-1], cache)", "pass", "rollout: full_forward"),
+        ("(1 - uniform) * cdf", "(1 - uniform**2) * cdf", "rollout: follow_the_model"),
+        ("cache, at)[:, 0].float()", "cache, at)[:, 0].float().mul(2)", "rollout: follow_the_model"),
+        ("if greedy:", "if False:", "rollout: likeliest"),
         (
             "tokens[:, :-1], logits_from=prompt_length - 1)",
             "tokens[:, 1:], logits_from=prompt_length - 1)",
             "rollout: predict_the_response",
         ),
-        ("torch.where(mask, responses, PAD)", "responses", "rollout: first_eos"),
-        ("slice(n, n + 1) for n in before", "slice(n - 1, n) for n in before", "rollout: full_forward"),
-        ("first == 0 and P > 1", "first < 0", "rollout: full_forward"),
-        ("responses.fill_(PAD)", "pass", "rollout: remembers_nothing"),
-        ("(1 - uniform) * cdf", "(1 - uniform**2) * cdf", "rollout: follow_the_model"),
-        ("cache, position)[:, 0].float()", "cache, position)[:, 0].float().mul(2)", "rollout: follow_the_model"),
-        ("if not evaluation and (", "if evaluation and (", "rollout: off_policy_sampling"),
+    ],
+    "system/fast_rollout.py": [
+        ("ends.cumsum(1) - ends == 0", "ends.cumsum(1) == 0", "fast_rollout: give_the_same"),
+        ("torch.where(mask, responses, PAD)", "responses", "fast_rollout: give_the_same"),
+        ("slice(n, n + 1) for n in before", "slice(n - 1, n) for n in before", "fast_rollout: give_the_same"),
+        ("first == 0 and P > 1", "first < 0", "fast_rollout: give_the_same"),
+        ("responses.fill_(PAD)", "pass", "fast_rollout: remembers_nothing"),
+    ],
+    "methods.py": [
+        ("log_u = s.teacher_logp - s.student_logp", "log_u = s.student_logp - s.teacher_logp", "methods: distillation"),
+        (
+            '"opd": Method(partial(distillation_loss, opd)',
+            '"opd": Method(partial(distillation_loss, opdplus)',
+            "methods: distillation",
+        ),
+        ("stop_gradient=estimator is opd", "stop_gradient=estimator is opdplus", "methods: distillation"),
+        ("s.mask, f, gamma, baseline)", "s.mask, f, 0.0, baseline)", "methods: distillation"),
+        ("s.mask, f, gamma, baseline)", "s.mask, f, gamma)", "methods: distillation"),
+        ("log_u.clamp(-log_u_clip, log_u_clip)", "log_u", "methods: distillation"),
+        (
+            "policy_gradient.loss(s.student_logp, A, s.mask, normalize)",
+            "policy_gradient.loss(s.student_logp, A, s.mask)",
+            "methods: distillation",
+        ),
+        (
+            "A, s.mask, clip_low, clip_high, normalize)",
+            "A, s.mask, clip_high, clip_low, normalize)",
+            "methods: rewarded",
+        ),
+        ("A, s.mask, clip_low, clip_high, normalize)", "A, s.mask, clip_low, clip_high)", "methods: rewarded"),
+        ("*ratio, s.mask, clip_low, clip_high)", "*ratio, s.mask, clip_high, clip_low)", "methods: measures"),
+        ("ratio = s.student_logp, s.old_logp", "ratio = s.student_logp, s.student_logp", "methods: rewarded"),
+        ("A, s.teacher_logp, s.student_logp, s.mask", "A, s.student_logp, s.teacher_logp, s.mask", "methods: rewarded"),
+        ("A, s.teacher_logp, s.student_logp, s.mask", "A, s.teacher_logp, s.old_logp, s.mask", "methods: rewarded"),
+        ("rlsd.lam_at(s.step, lam, lam_decay)", "lam", "methods: rewarded"),
+        ("if reasoning_only else None", "if False else None", "methods: rewarded"),
+        ("eps_w, negative_only, span)", "eps_w, False, span)", "methods: rewarded"),
+        ("opsd_loss(s, divergence)[0] + loss", "opsd_loss(s, divergence)[0] - loss", "methods: distillation"),
+    ],
+    "../train.py": [
+        ("if epoch == 0:", "if True:", "methods: rewarded"),
+        ("prompt_length, teacher_prompts)", "prompt_length, prompts)", "methods: self_teacher"),
+        ('cfg.grad_clip or float("inf")', 'float("inf")', "methods: shortened"),
+        ("4 * cfg.eval_size, held_out=True", "4 * cfg.eval_size", "methods: held_out"),
+        ('"rollout", step, device)', '"rollout", 0, device)', "train: other_answers"),
+        (
+            "replicate(compiled(cfg.compile, student))",
+            "replicate(compiled(cfg.compile, teacher))",
+            "train: every_method_trains",
+        ),
+        ("step % cfg.teacher_sync == 0", "step == 0", "train: frozen_synced"),
+        ("min(1, 10 * (step + 1) / cfg.steps)", "1", "train: learning_rate"),
+    ],
+    "system/streams.py": [
+        (
+            '(slots_of(problems, "blank"), references)',
+            '(references, slots_of(problems, "blank"))',
+            "methods: self_teacher",
+        ),
+        (
+            '"problems", cfg.batch_size // cfg.copies, step)',
+            '"problems", cfg.batch_size // cfg.copies)',
+            "streams: drawn_anew",
+        ),
+        ('"reference", step)', '"reference")', "streams: drawn_anew"),
+        ('OF_EACH_RANK = ("rollout", "reference")', "OF_EACH_RANK = ()", "streams: every_rank"),
+        ("rng, held_out)", "rng)", "methods: held_out"),
+    ],
+    "sft.py": [
+        ("encode(text) + [EOS]", "encode(text)", "methods: worked_solution"),
+        (
+            "mask = tokens[:, prompt_length:] != PAD",
+            "mask = tokens[:, prompt_length:] != EOS",
+            "methods: worked_solution",
+        ),
     ],
     "gpt.py": [
         ("is_causal=True", "is_causal=False", "gpt: only_the_past"),
@@ -196,9 +253,11 @@ def run_suite(package_parent: str, guards: dict[str, str]) -> None:
         os.dup2(silence, 2)
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         sys.path.insert(0, package_parent)
-        import nano_opd.opd
+        import train  # it imports the package
 
-        if Path(nano_opd.opd.__file__).is_relative_to(package_parent):
+        if Path(train.__file__).is_relative_to(package_parent) and Path(train.sft.__file__).is_relative_to(
+            package_parent
+        ):
             options = ["-x", "-o", "addopts=", "--assert=plain", "-p", "no:cacheprovider", "--rootdir", package_parent]
             code = max(pytest.main([str(TESTS / f"test_{f}.py"), "-k", k, *options]) for f, k in guards.items())
     finally:
@@ -218,6 +277,7 @@ def exit_code_of_suite(package_parent: Path, guards: dict[str, str]) -> int:
 def copy(tmp_path):
     """A folder with a copy of the package in it."""
     shutil.copytree(TESTS.parent / "nano_opd", tmp_path / "nano_opd", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(TESTS.parent / "train.py", tmp_path)
     return tmp_path
 
 

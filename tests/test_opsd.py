@@ -7,8 +7,9 @@ import torch
 
 from nano_opd import arithmetic, divergences, evaluate, gkd, opsd
 from nano_opd.gpt import GPT, GPTConfig
+from nano_opd.methods import METHODS, Scored
 from nano_opd.rollout import response_logits, response_logprobs, sample
-from nano_opd.streams import numpy_stream, torch_stream
+from nano_opd.system.streams import numpy_stream, torch_stream
 from nano_opd.tokenizer import VOCAB_SIZE
 
 R = 14
@@ -72,13 +73,13 @@ def test_the_loss_is_gkd_with_a_teacher_that_is_not_trained():
     student, teacher = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     student, teacher = student.requires_grad_(), teacher.requires_grad_()
     mask = torch.arange(4) < torch.tensor([[4], [3], [1]])
+    none = torch.empty(2, 0)  # of log-probs, which it does not read
+    scored = Scored(none, mask, none, none, student_logits=student, teacher_logits=teacher)
     for name in ("jsd", "forward_kl", "alpha=0.3"):
-        d = divergences.get(name)
-        loss = opsd.loss(student, teacher, mask, d)
-        torch.testing.assert_close(loss, gkd.loss(student, teacher, mask, d))
-        (gradient,) = torch.autograd.grad(loss, student)
-        assert gradient.abs().sum() > 0
-        loss = opsd.loss(student, teacher, mask, d)
+        loss, measured = METHODS["opsd"].loss(scored, name)
+        torch.testing.assert_close(loss, gkd.loss(student, teacher, mask, divergences.get(name)))
+        (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
+        assert gradient.abs().sum() > 0 and measured == {}
         assert torch.autograd.grad(loss, teacher, allow_unused=True) == (None,)
 
 

@@ -1,6 +1,5 @@
-"""What the README says of options, columns, files, tests and commands is so."""
+"""What the READMEs say of options, columns, files, tests, commands and extensions is so."""
 
-import dataclasses
 import os
 import re
 import shlex
@@ -12,76 +11,90 @@ from pathlib import Path
 import pytest
 import reproduce
 
-from nano_opd import config, runs
+from nano_opd.system import config, runs
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in sorted(ROOT.glob("*/**/README.md")) if "out" not in path.parts}
+PAGES[ROOT / "README.md"] = README = (ROOT / "README.md").read_text()
+PACKAGE, SYSTEM = (PAGES[ROOT / "nano_opd" / folder / "README.md"] for folder in ("", "system"))
+ALL = "\n".join(PAGES.values())
 
 
-def table(heading: str) -> list[list[str]]:
-    """The cells of the table under a heading, without its head."""
-    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+def table(page: str, heading: str) -> list[list[str]]:
+    """The cells of the table under a heading of a page, without its head."""
+    section = page.split(f"\n{heading}\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")][2:]
-    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+    return [[cell.strip() for cell in re.split(r" (?<!\\)\| ", row.strip("|"))] for row in rows]
 
 
-def test_the_option_table_is_the_configuration():
-    said = {row[0].strip("`"): row[1].strip("`") for row in table("Options of train.py")}
-    fields = dataclasses.fields(config.Config)
-    assert said == {"--" + f.name.replace("_", "-"): "off" if f.default is False else str(f.default) for f in fields}
+def test_the_readme_is_two_screens_and_has_no_wall_of_tables():
+    assert len(README.splitlines()) <= 200
 
 
 def test_the_glossary_has_every_column():
-    assert [row[0].strip("`") for row in table("What a run leaves")] == runs.COLUMNS
+    assert [row[0].strip("`") for row in table(PACKAGE, "## A glossary of metrics.csv")] == runs.COLUMNS
 
 
-def test_every_file_of_the_package_is_on_the_map():
-    named = {name.split("/")[-1] for row in table("Reading map") for name in re.findall(r"`([\w/]+\.py)`", row[0])}
-    assert named == {p.name for p in (ROOT / "nano_opd").glob("*.py") if p.stem != "__init__"} | {"train.py"}
+@pytest.mark.parametrize(
+    "folder, page, heading", [("nano_opd", PACKAGE, "## Reading map"), ("nano_opd/system", SYSTEM, "# The system")]
+)
+def test_every_file_is_on_the_map_of_its_folder(folder, page, heading):
+    page = "\n" + page
+    named = [name for row in table(page, heading) for name in re.findall(r"`(\w+\.py)`", row[0])]
+    assert sorted(named) == sorted(p.name for p in (ROOT / folder).glob("*.py") if p.stem != "__init__")
 
 
 def test_every_test_named_exists():
     tests = "\n".join(p.read_text() for p in (ROOT / "tests").glob("*.py"))
-    names = set(re.findall(r"`(test_\w+)`", README))
+    names = set(re.findall(r"`(test_\w+)`", ALL))
     assert len(names) > 5 and all(f"def {name}(" in tests for name in names)
 
 
+def test_every_link_leads_somewhere():
+    for path, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("https://") or (path.parent / target).exists(), (path, target)
+
+
 def test_every_command_parses():
-    commands = re.findall(r"python train\.py([^`#\n]*)", README)
-    assert len(commands) > 1
+    commands = re.findall(r"python train\.py([^`#\n]*)", ALL)
+    assert len(commands) > 10
     for command in commands:
         if "--help" not in command:
             assert isinstance(config.parse(shlex.split(command)), config.Config)
 
 
-def test_every_experiment_named_exists():
-    for script, names in re.findall(r"python notebooks/(\w+)\.py([\w ]*)", README):
+def test_every_option_is_in_a_readme_an_experiment_or_a_recipe_of_the_tests():
+    """No option that nobody uses: each stands in some README, or in an arm of an experiment."""
+    used = ALL + str(reproduce.EXPERIMENTS) + reproduce.QUICK + Path(reproduce.__file__).read_text()
+    unused = [name for name in vars(config.Config()) if f"--{name.replace('_', '-')}" not in used]
+    assert unused == []
+
+
+def test_every_experiment_and_script_named_exists():
+    for script, names in re.findall(r"python notebooks/(\w+)\.py([\w ]*)", ALL):
         assert (ROOT / "notebooks" / f"{script}.py").exists()
         assert set(names.split()) <= set(reproduce.EXPERIMENTS)
+    for module in re.findall(r"python -m ([\w.]+)", ALL):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists()
 
 
 @pytest.fixture
 def extended(tmp_path):
-    """A copy of the package with the README's new divergence and new task in the places it names."""
-    divergence, task = re.findall(r"```python\n(.*?)```", README.split("\n## Add a divergence, add a task\n")[1], re.S)[
-        :2
-    ]
+    """A copy of the package with the README's new divergence, task and method at the ends of the files it names."""
+    blocks = re.findall(r"```python\n(.*?)```", README.split("\n## Extend it\n")[1], re.S)
     shutil.copytree(ROOT / "nano_opd", tmp_path / "nano_opd")
-    for name, table_end, block in (
-        ("divergences", "\n    ]\n}\n", divergence),
-        ("arithmetic", '"mul": Mul()}\n', task),
-    ):
-        text = (path := tmp_path / "nano_opd" / f"{name}.py").read_text()
-        assert text.count(table_end) == 1
-        path.write_text(text.replace(table_end, f"{table_end}\n\n{block}\n\n"))
+    for name, block in zip(("divergences", "arithmetic", "methods"), blocks, strict=True):
+        with open(tmp_path / "nano_opd" / f"{name}.py", "a") as file:
+            file.write(f"\n\n{block}")
+    shutil.copy(ROOT / "train.py", tmp_path)
     return tmp_path
 
 
-def test_the_new_divergence_and_the_new_task_do_what_the_readme_says(extended):
-    """In a process of its own, since they join the tables before the command line is made from them."""
-    check = """
+CHECK = """
 import sys, torch, train
-from nano_opd import arithmetic, config, divergences
+from nano_opd import arithmetic, divergences
+from nano_opd.methods import METHODS, Scored
 x = torch.linspace(-6, 6, 99, dtype=torch.float64, requires_grad=True)
 d = divergences.get("jeffreys")
 assert d.f(torch.zeros(1)) == 0 and (d.f(x) >= 0).all()
@@ -89,18 +102,30 @@ torch.testing.assert_close(d.f(x), (x.exp() - 1) * x)
 slope = torch.autograd.grad(d.f(x).sum(), x)[0]
 torch.testing.assert_close(d.f_prime(x), slope / x.exp())
 torch.testing.assert_close(d.unbiased(x), slope - d.f(x))  # u f′ = df/dx
+
 for a, b in ((457, 68), (999, 999), (0, 7)):
     p = arithmetic.Problem("double", 3, a, b)
     assert arithmetic.verify(p, arithmetic.solution(p)) and not arithmetic.verify(p, f"#{2 * a + b + 1}")
     assert arithmetic.solution(p).endswith(f"#{2 * a + b:04d}")
     assert len(arithmetic.solution(p)) + 1 == arithmetic.solution_length(3)
+
+logp, mask = -torch.rand(4, 3, dtype=torch.float64), torch.arange(3) < torch.tensor([[3], [2], [1], [3]])
+logp.requires_grad_()
+scored = Scored(mask.long(), mask, logp, logp.detach(), -torch.rand(4, 3, dtype=torch.float64))
+plain = dict(divergence="tv", gamma=0.0, variance="sampled", log_u_clip=0.0, normalize="batch")
+of = lambda method, **options: torch.autograd.grad(METHODS[method].loss(scored, **options)[0], logp)[0]
+torch.testing.assert_close(of("sign", normalize="batch"), 2 * of("opdplus", **plain))
+
 small = "--steps 1 --batch-size 8 --teacher-steps 1 --student-steps 1 --eval-size 4 --digits 1 --task double --out-dir"
-for method in ("opd", "opdplus"):
-    train.main([*small.split(), sys.argv[1], "--method", method, "--divergence", "jeffreys"])
+for chosen in (["opd", "--divergence", "jeffreys"], ["opdplus", "--divergence", "jeffreys"], ["sign"]):
+    train.main([*small.split(), sys.argv[1], "--method", *chosen])
 """
-    shutil.copy(ROOT / "train.py", extended)
+
+
+def test_the_new_divergence_task_and_method_do_what_the_readme_says(extended):
+    """In a process of its own, since they join the tables before the command line is made from them."""
     environment = os.environ | {"PYTHONPATH": str(extended), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", check, str(extended / "out")]
+    command = [sys.executable, "-c", CHECK, str(extended / "out")]
     done = subprocess.run(command, cwd=extended, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len([*(extended / "out").glob("*jeffreys*double1*/metrics.csv")]) == 2
+    assert len([*(extended / "out").glob("*double1*/metrics.csv")]) == 3

@@ -9,12 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import figures
 import pytest
 import reproduce
 
-from nano_opd import config, plots
+from nano_opd.system import config
 
-TINY = "--digits 1 --heads 2 --student-layers 1 --student-width 8 --student-steps 2 --batch-size 8 --eval-size 4"
+TINY = "--digits 1 --student-layers 1 --student-width 8 --student-steps 2 --batch-size 8 --eval-size 4"
 
 
 def test_every_arm_is_a_command_line_of_its_own():
@@ -51,7 +52,7 @@ ARMS = {"grpo": "--method grpo", "rlsd, λ=0.9": "--method rlsd --lam 0.9"}
 def test_all_arms_and_seeds_end_in_one_file_and_are_not_run_twice(tiny, monkeypatch, capsys):
     tiny(**ARMS)
     path = tiny.out / "results" / "tiny.csv"
-    results, text = plots.read_results(path), path.read_bytes()
+    results, text = figures.read_results(path), path.read_bytes()
     assert list(results) == ["grpo", "rlsd, λ=0.9"]
     for seeds in results.values():
         assert [[row["step"] for row in rows] for rows in seeds] == [[0, 2, 4]] * 2
@@ -79,7 +80,7 @@ def test_all_arms_and_seeds_end_in_one_file_and_are_not_run_twice(tiny, monkeypa
 def test_a_folder_of_another_run_a_refused_one_and_a_diverging_one(tiny):
     diverging = "--method opd --divergence pearson_chi2 --teacher-steps 2 --lr"
     tiny(opd=f"{diverging} 1e38")  # ends early, and is a result
-    assert len(plots.read_results(tiny.out / "results" / "tiny.csv")["opd"][0]) == 1
+    assert len(figures.read_results(tiny.out / "results" / "tiny.csv")["opd"][0]) == 1
     with pytest.raises(SystemExit, match="holds another run"):
         tiny(opd=f"{diverging} 1e37")
     (tiny.out / "tiny" / "rlsd").mkdir()

@@ -116,12 +116,12 @@ def test_the_clipped_fraction_counts_the_tokens_that_the_clip_binds(batch):
     assert rlsd.clip_fraction(torch.zeros(9), teacher, student, mask, 0.3) == 0
 
 
-def test_lambda_rises_then_falls():
+def test_lambda_stays_or_falls_to_zero():
     assert [rlsd.lam_at(step, 0.5) for step in (0, 1, 1000)] == [0.5] * 3
-    assert [rlsd.lam_at(step, 0.8, warmup=4) for step in range(6)] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 0.8])
-    assert [rlsd.lam_at(step, 1.0, 2, 4) for step in range(8)] == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25, 0, 0])
-    with pytest.raises(ValueError, match="must not be negative"):
-        rlsd.lam_at(1, 0.5, -1)
+    assert [rlsd.lam_at(step, 0.8, 4) for step in range(6)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0, 0])
+    for step, decay in [(1, -1), (-1, 0), (-1, 5)]:
+        with pytest.raises(ValueError, match="must not be negative"):
+            rlsd.lam_at(step, 0.5, decay)
 
 
 def test_misuse_is_refused(batch):

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from nano_opd import rollout as rollout_file
-from nano_opd.checks import NumericalFault
-from nano_opd.gpt import GPT, GPTConfig
-from nano_opd.rollout import Rollout, prompt_tensor, response_logits, response_logprobs, sample
+from nano_opd.gpt import GPT, GPTConfig, logprobs_of
+from nano_opd.rollout import Rollout, choose, response_logits, response_logprobs, sample, score
+from nano_opd.system.checks import NumericalFault
 from nano_opd.tokenizer import EOS, PAD, VOCAB_SIZE
 
 P, R = 4, 12
@@ -93,31 +92,43 @@ def test_the_same_generator_seed_gives_the_same_rollout(model, prompts, rollout)
 
 
 def test_greedy_takes_the_likeliest_token(model, prompts):
-    rollout = sample(model, prompts, R, temperature=0.0, evaluation=True)
+    rollout = sample(model, prompts, R, greedy=True)
     best = response_logits(model, rollout.tokens, P).argmax(-1)
     assert torch.equal(best[rollout.mask], rollout.responses[rollout.mask])
+    want = response_logprobs(model, rollout.tokens, P)  # under the model, not 0 = ln 1
+    torch.testing.assert_close(rollout.logp[rollout.mask], want[rollout.mask], rtol=0, atol=1e-5)
 
 
-def test_top_k_draws_only_from_the_top(model, prompts):
-    rollout = sample(model, prompts, R, torch.Generator().manual_seed(0), top_k=3, evaluation=True)
-    top = response_logits(model, rollout.tokens, P).topk(3).indices
-    inside = (top == rollout.responses.unsqueeze(-1)).any(-1)
-    assert inside[rollout.mask].all()
-
-
-@pytest.mark.parametrize("off_policy", [{"temperature": 0.7}, {"temperature": 0.0}, {"top_k": 5}])
-def test_off_policy_sampling_is_refused_for_training(model, prompts, off_policy):
-    with pytest.raises(ValueError, match="not on-policy"):
+@pytest.mark.parametrize("off_policy", [{"temperature": 0.7}, {"top_k": 5}])
+def test_off_policy_sampling_cannot_be_asked_for(model, prompts, off_policy):
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
         sample(model, prompts, R, **off_policy)
 
 
-def test_ragged_or_missing_prompts_are_refused():
-    with pytest.raises(ValueError, match=r"same length ≥ 1, not \[2, 3\]"):
-        prompt_tensor([[1, 2], [1, 2, 3]])
-    for nothing in ([], [[]]):
-        with pytest.raises(ValueError, match="same length ≥ 1"):
-            prompt_tensor(nothing)
-    assert prompt_tensor([[1, 2], [3, 4]]).tolist() == [[1, 2], [3, 4]]
+def test_a_token_of_probability_zero_is_never_drawn():
+    """At both ends of a uniform number in [0, 1), and where the probabilities add up to less or more than 1."""
+    p = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0])
+    for scale in (1 - 1e-6, 1.0, 1 + 1e-6):
+        for uniform, token in [(0.0, 3), (0.69, 3), (0.71, 1), (1 - 2**-24, 1)]:
+            drawn = choose((scale * p).log()[None], torch.tensor([[uniform]]), greedy=False)
+            assert drawn.tolist() == [[token]]
+
+
+def test_the_two_ways_to_score_are_one(model, rollout):
+    logp, nothing = score(model, rollout.tokens, P)
+    again, logits = score(model, rollout.tokens, P, whole_vocabulary=True)
+    assert nothing is None and logits.dtype == logp.dtype == torch.float32
+    torch.testing.assert_close(logits, response_logits(model, rollout.tokens, P))
+    torch.testing.assert_close(again, logprobs_of(rollout.responses, logits))
+    torch.testing.assert_close(logp, again)
+    assert logp.requires_grad and again.requires_grad
+
+
+def test_sampling_stops_when_every_response_has_ended(model, prompts):
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    rollout = sample(model, prompts[:3], R, torch.Generator().manual_seed(4))
+    assert len(calls) == 1 + rollout.mask.sum(1).max() < 1 + R  # one of the prompt, one for each token
 
 
 def test_sizes_below_one_are_refused(model, prompts):
@@ -138,39 +149,7 @@ def test_a_prompt_of_one_token_is_continued(model):
     torch.testing.assert_close(rollout.logp[rollout.mask], want[rollout.mask], rtol=0, atol=1e-5)
 
 
-def test_compiled_sampling_draws_the_same_tokens(compiler):
-    P, R = 58, 10  # pieces of 4, 4 and 2 tokens, the last two with more than 64 keys
-    model = GPT(GPTConfig(VOCAB_SIZE, P + R, n_layer=1, n_head=2, n_embd=8))
-    for out in (model.blocks[0].attention_out, model.blocks[0].mlp_out):
-        torch.nn.init.normal_(out.weight)
-    prompts = torch.randint(10, (40, P), generator=torch.Generator().manual_seed(0))
-    draw = lambda **how: sample(model, prompts, R, torch.Generator().manual_seed(1), **how)
-    want = draw()
-    for got in (draw(compiled=True), draw(compiled=True)):
-        assert torch.equal(got.tokens, want.tokens) and torch.equal(got.mask, want.mask)
-        torch.testing.assert_close(got.logp, want.logp, rtol=0, atol=1e-5)
-    with torch.no_grad():
-        model.embedding.weight.mul_(0.5)  # compiled code reads the weights of now
-    torch.testing.assert_close(draw(compiled=True).logp, draw().logp, rtol=0, atol=1e-5)
-
-
 def test_rollout_is_frozen(rollout):
     assert isinstance(rollout, Rollout)
     with pytest.raises(AttributeError):
         rollout.mask = None
-
-
-def test_a_state_that_is_used_again_remembers_nothing(model, prompts, monkeypatch):
-    """As captured graphs use theirs: other prompts and another stream on the same tensors, as on new ones."""
-    draw = lambda prompts, seed: sample(model, prompts, R, torch.Generator().manual_seed(seed))
-    prompts, others = prompts[:2], prompts[2:4]
-    late = lambda r: not r.truncated.any() and r.mask.sum(1).min() > rollout_file.TOKENS_AT_ONCE
-    first = next(seed for seed in range(999) if late(draw(prompts, seed)))  # ends that must not be taken for
-    second = next(seed for seed in range(first + 1, 999) if late(draw(others, seed)))  # those of a rollout that goes on
-    want = [draw(prompts, first), draw(others, second)]
-    kept = rollout_file._State.of(model, len(prompts), P, R)
-    monkeypatch.setattr(rollout_file._State, "of", lambda *sizes: kept)
-    for got, expected in zip([draw(prompts, first), draw(others, second)], want):
-        for name in ("tokens", "mask", "logp"):
-            assert torch.equal(getattr(got, name), getattr(expected, name))
-    assert torch.equal(draw(prompts, first).tokens, want[0].tokens)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import train
-from nano_opd import config, runs, sft
+from nano_opd import rollout, sft
 from nano_opd.gpt import GPT
+from nano_opd.system import config, distributed, runs
 
-TINY = "--digits 1 --heads 1 --teacher-layers 1 --teacher-width 8 --student-layers 1 --student-width 8 --batch-size 2"
+TINY = "--digits 1 --teacher-layers 1 --teacher-width 8 --student-layers 1 --student-width 8 --batch-size 2"
 
 
 def resident() -> int:
@@ -25,7 +26,8 @@ def test_memory_is_flat_over_two_thousand_updates(tmp_path):
     student, teacher = GPT(cfg.gpt("student")), GPT(cfg.gpt("teacher")).requires_grad_(False)
     optimizer, rows = sft.adamw(student, cfg.lr), []
     for step in range(2000):
-        rows.append(dict.fromkeys(runs.COLUMNS) | train.update(cfg, step, student, teacher, optimizer))
+        measured = train.update(cfg, step, student, teacher, optimizer, rollout.sample)
+        rows.append(dict.fromkeys(runs.COLUMNS) | distributed.mean(measured))
         if step == 200:
             early = resident()
     assert resident() < 1.05 * early

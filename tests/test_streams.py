@@ -1,10 +1,14 @@
-"""A stream is a function of its three keys and of nothing else."""
+"""A stream is a function of its three keys and of nothing else; what is drawn from it for an update."""
 
 import itertools
 
+import pytest
 import torch
 
-from nano_opd.streams import numpy_stream, torch_stream
+from nano_opd import arithmetic
+from nano_opd.system import config
+from nano_opd.system.streams import OF_EACH_RANK, draw_batch, draw_problems, numpy_stream, torch_stream
+from nano_opd.tokenizer import decode
 
 
 def test_equal_keys_give_equal_draws_and_any_other_key_gives_others():
@@ -15,3 +19,43 @@ def test_equal_keys_give_equal_draws_and_any_other_key_gives_others():
     torch.manual_seed(123)  # no global state takes part
     assert {tuple(torch.rand(4, generator=torch_stream(*key)).tolist()) for key in keys} == torch_draws
     assert {tuple(numpy_stream(*key).integers(2**60, size=4).tolist()) for key in keys} == numpy_draws
+
+
+def test_every_rank_draws_its_own_answers_and_references_and_all_draw_the_same_problems(monkeypatch):
+    def draws(purpose):
+        return numpy_stream(0, purpose, 3).integers(2**60), torch.rand(1, generator=torch_stream(0, purpose, 3)).item()
+
+    purposes = ("rollout", "reference", "problems", "held-out", "evaluation", "answers", "student weights")
+    alone = {purpose: draws(purpose) for purpose in purposes}
+    of_rank = []
+    for rank in (0, 1, 2):
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        monkeypatch.setenv("RANK", str(rank))
+        of_rank.append({purpose: draws(purpose) for purpose in purposes})
+    assert of_rank[0] == alone  # rank 0 goes on as if it were alone
+    for purpose in purposes:
+        assert len({ranks[purpose] for ranks in of_rank}) == (3 if purpose in OF_EACH_RANK else 1)
+    assert set(OF_EACH_RANK) == {"rollout", "reference"}
+
+
+@pytest.mark.parametrize("method", ["opdplus", "grpo", "rlsd"])
+def test_a_batch_is_drawn_anew_for_each_update_and_shared_out_among_the_ranks(method, monkeypatch):
+    cfg, device = config.Config(digits=2, batch_size=24, method=method), torch.device("cpu")
+    copies = 1 if method == "opdplus" else 4
+    problems, prompts, teacher_prompts = draw_batch(cfg, 5, device)
+    assert problems[::copies] == draw_problems(cfg, "problems", 24 // copies, 5)
+    assert problems == [problem for problem in problems[::copies] for _ in range(copies)]
+    for problem, prompt, other in zip(problems, prompts, teacher_prompts, strict=True):
+        blank, references = "_" * 8, [arithmetic.reference(problem, style) for style in arithmetic.REFERENCES]
+        assert decode(prompt) == arithmetic.prompt(problem, None if method == "opdplus" else blank)
+        allowed = [None] if method == "opdplus" else references
+        assert decode(other) in [arithmetic.prompt(problem, slot) for slot in allowed]
+    assert draw_batch(cfg, 5, device)[0] == problems != draw_batch(cfg, 6, device)[0]
+    assert torch.equal(draw_batch(cfg, 5, device)[2], teacher_prompts)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shares = []
+    for rank in (0, 1, 2):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(draw_batch(cfg, 5, device))
+    assert sum((share[0] for share in shares), []) == problems
+    assert torch.equal(torch.cat([share[1] for share in shares]), prompts)

@@ -2,7 +2,9 @@
 
 import contextlib
 import csv
+import dataclasses
 import errno
+import functools
 import io
 import json
 import os
@@ -20,11 +22,13 @@ from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train
-from nano_opd import checkpoint, config, losses, runs
+from nano_opd.evaluate import wilson
+from nano_opd.methods import METHODS
+from nano_opd.system import checkpoint, config, report, runs
 
 ROOT = Path(__file__).parents[1]
 TINY = (
-    "--digits 1 --heads 2 --teacher-layers 1 --teacher-width 16 --student-layers 1 --student-width 8 --teacher-steps 5 "
+    "--digits 1 --teacher-layers 1 --teacher-width 16 --student-layers 1 --student-width 8 --teacher-steps 5 "
     "--student-steps 3 --sft-batch-size 8 --batch-size 4 --eval-size 4 --eval-every 5 --steps 12"
 ).split()
 
@@ -105,8 +109,8 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp
         ["--log-u-clip", "2", "--normalize", "token_mean", "--grad-clip", "1", "--task", "mix"],
         ["--method", "grpo", "--epochs", "3", "--loss-type", "dr_grpo", "--normalize", "sequence_mean"],
         ["--method", "opsd", "--divergence", "forward_kl", "--teacher-sync", "1"],
-        ["--method", "grpo+opsd", "--opsd-coef", "0.1", "--reference", "none", "--teacher-sync", "5"],
-        ["--method", "rlsd", "--lam-warmup", "3", "--lam-decay", "4", "--reasoning-only", "--negative-only"],
+        ["--method", "grpo+opsd", "--reference", "none", "--teacher-sync", "5"],
+        ["--method", "rlsd", "--lam-decay", "4", "--reasoning-only", "--negative-only"],
     ],
 )
 def test_every_method_trains(arguments, tmp_path, lucky):
@@ -118,7 +122,7 @@ def test_every_method_trains(arguments, tmp_path, lucky):
 @pytest.fixture
 def lucky(monkeypatch):
     """A verifier that likes one response in two, since a tiny student is never right."""
-    monkeypatch.setattr(losses, "rewards", lambda problems, rollout: (rollout.responses.sum(1) % 2).float())
+    monkeypatch.setattr(train, "rewards", lambda problems, rollout: (rollout.responses.sum(1) % 2).float())
 
 
 def test_rlsd_with_lambda_or_epsilon_zero_is_grpo_to_the_bit(tmp_path, lucky):
@@ -131,22 +135,23 @@ def test_rlsd_with_lambda_or_epsilon_zero_is_grpo_to_the_bit(tmp_path, lucky):
 
 
 def test_the_self_teacher_is_frozen_synced_or_live(tmp_path, lucky):
-    """One checkpoint per update, so that the teacher's weights can be found among the student's of the past."""
-    for sync, origin in [(0, 0), (5, 10), (1, 11)]:
-        students = {}
+    """At each update the teacher is the student as it was before some update of the past, this one included."""
+    for sync, origin in [(0, lambda step: 0), (5, lambda step: step // 5 * 5), (1, lambda step: step)]:
+        students, teachers = {}, {}
 
-        def remember(cfg, state, save=runs.save, students=students):
-            students[state["step"]] = {name: value.clone() for name, value in state["student"].items()}
-            save(cfg, state)
+        def remember(cfg, step, student, teacher, *rest, update=train.update, students=students, teachers=teachers):
+            for kept, model in ((students, student), (teachers, teacher)):
+                kept[step] = {name: value.clone() for name, value in model.state_dict().items()}
+            return update(cfg, step, student, teacher, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runs, "save", remember)
-            knobs = ["--eval-every", "1", "--teacher-sync", str(sync)]
-            run_dir = run(tmp_path / str(sync), "--method", "rlsd", *knobs)
-        state = torch.load(run_dir / "checkpoint.pt", weights_only=True)["state"]
-        teacher = state["self_teacher"]
-        for step, student in students.items():
-            assert all(torch.equal(teacher[name], student[name]) for name in teacher) == (step == origin), step
+            patch.setattr(train, "update", remember)
+            run_dir = run(tmp_path / str(sync), "--method", "rlsd", "--teacher-sync", str(sync))
+        saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)["state"]["self_teacher"]
+        for step, teacher in (teachers | {12: saved}).items():
+            of = origin(min(step, 11))
+            for past, student in students.items():
+                assert all(torch.equal(teacher[name], student[name]) for name in teacher) == (past == of), (step, past)
 
 
 def test_the_reference_matters_and_the_control_is_another_one(tmp_path, lucky):
@@ -166,7 +171,8 @@ def test_opd_and_opdplus_differ_and_the_full_rung_is_gkd(tmp_path):
 
     assert first_norm("--variance", "full") == first_norm("--method", "gkd")
     assert first_norm("--method", "opd") != pytest.approx(first_norm(), rel=1e-3)
-    reverse_kl = ["--divergence", "reverse_kl"]  # the exact baselines differ by the constant by which the rewards do
+    reverse_kl = ["--divergence", "reverse_kl", "--variance", "baseline"]
+    # the exact baselines differ by the constant by which the rewards do
     assert first_norm("--method", "opd", *reverse_kl) == pytest.approx(first_norm(*reverse_kl), rel=1e-4)
 
 
@@ -284,8 +290,7 @@ def refused(capsys, *arguments) -> str:
         ("--teacher-layers 0", "--teacher-layers 0: must be 1 or more"),
         ("--student-width 4", "--student-width 4: must be 8 or more"),
         ("--student-width 22", "--student-width 22: n_embd 22 must be a multiple of n_head 4"),
-        ("--heads 0", "--heads 0: must be 1 or more"),
-        ("--heads 5", "must be a multiple of n_head 5"),
+        ("--teacher-width 18", "--teacher-width 18: n_embd 18 must be a multiple of n_head 4"),
         ("--grad-clip -1", "--grad-clip -1.0: must be 0.0 or more"),
         ("--log-u-clip -1", "--log-u-clip -1.0: must be 0.0 or more"),
         ("--variance full --gamma 0.5", "--gamma 0.5 sums a sampled return"),
@@ -296,6 +301,14 @@ def refused(capsys, *arguments) -> str:
         ("--method gkd --variance full", "--variance full means nothing with --method gkd"),
         ("--method gkd --log-u-clip 2", "--log-u-clip 2.0 means nothing with --method gkd"),
         ("--lam 0.5", "--lam 0.5 means nothing with --method opdplus: it is read by rlsd"),
+        (
+            "--method opsd --epochs 2",
+            "--epochs 2 means nothing with --method opsd: it is read by grpo, grpo+opsd, rlsd",
+        ),
+        (
+            "--teacher-sync 1",
+            "--teacher-sync 1 means nothing with --method opdplus: it is read by opsd, grpo+opsd, rlsd",
+        ),
         ("--method grpo --reference shuffled", "--reference shuffled means nothing with --method grpo"),
         ("--method rlsd --divergence jsd", "--divergence jsd means nothing with --method rlsd"),
         ("--method opsd --loss-type grpo", "--loss-type grpo means nothing with --method opsd"),
@@ -430,16 +443,17 @@ def test_no_command_line_gives_a_traceback(pairs):
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_number_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(where, capsys, tmp_path, monkeypatch):
-    distillation_loss, calls = train.distillation_loss, []
+    method, calls = METHODS["opdplus"], []
 
-    def faulty(*arguments):
-        loss, measured = distillation_loss(*arguments)
+    @functools.wraps(method.loss)
+    def faulty(*arguments, **options):
+        loss, measured = method.loss(*arguments, **options)
         calls.append(1)
         if len(calls) == 8:
             loss = loss * float("inf") if where == "loss" else loss + (loss - loss.detach()).sqrt()  # √0: slope ∞
         return loss, measured
 
-    monkeypatch.setattr(train, "distillation_loss", faulty)
+    monkeypatch.setitem(METHODS, "opdplus", dataclasses.replace(method, loss=faulty))
     with pytest.raises(SystemExit) as end:
         run(tmp_path)
     error = capsys.readouterr().err
@@ -467,5 +481,28 @@ def test_help_names_the_symbols_and_every_knob(capsys):
     assert end.value.code == 0
     for name in vars(config.Config()):
         assert "--" + name.replace("_", "-") in text
-    for symbol in ("γ", "D_f(q‖p)", "A_t", "log u", "λ", "ε_w", "Â_t", "w_t", "ρ", "P_S", "P_T", "Δ_t", " G,"):
+    for symbol in ("γ", "D_f(q‖p)", "A_n", "log u", "λ", "ε_w", "Â_n", "w_n", "ρ", "P_S", "P_T", " G,"):
         assert symbol in text
+
+
+def test_the_curves_draw_what_was_measured():
+    rows = [dict.fromkeys(runs.COLUMNS) | {"step": step, "grad_norm": 2.0**-step} for step in range(6)]
+    rows[-1]["grad_norm"] = None  # no update follows the last evaluation
+    names = ("accuracy", "greedy_accuracy", "kl", "entropy", "response_length")
+    for step, values in [
+        (0, (0.25, 0.5, 2.0, 1.5, 9.0)),
+        (3, (0.5, 0.75, 1.0, 1.0, 8.0)),
+        (5, (0.75, 1.0, 0.5, 0.5, 7.0)),
+    ]:
+        rows[step] |= dict(zip(names, values))
+    accuracy, nats, length, norm = report.training_curves(rows, 20, 16, "title").axes
+    drawn = [list(line.get_ydata()) for ax in (accuracy, nats, length) for line in ax.get_lines()]
+    assert drawn[:5] == [[rows[step][name] for step in (0, 3, 5)] for name in names]
+    assert all(list(line.get_xdata()) == [0, 3, 5] for line in [*accuracy.get_lines(), *nats.get_lines()])
+    assert drawn[5] == [16, 16]  # the cap
+    (line,) = norm.get_lines()
+    assert list(line.get_xdata()) == [0, 1, 2, 3, 4] and list(line.get_ydata()) == [1, 1 / 2, 1 / 4, 1 / 8, 1 / 16]
+    for band, name in zip(accuracy.collections, names):  # four times the problems at the start and the end
+        for step, n in [(0, 80), (3, 20), (5, 80)]:
+            at = [y for x, y in band.get_paths()[0].vertices if x == step]
+            assert (min(at), max(at)) == pytest.approx(wilson(round(rows[step][name] * n), n))

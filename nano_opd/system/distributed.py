@@ -3,9 +3,8 @@
     torchrun --standalone --nproc_per_node=2 train.py --method opdplus
 
 Rank k of N answers the k-th part of an update's problems, with random streams of its own, and divides its loss by B/N.
-DistributedDataParallel makes every rank's gradient the mean over the ranks: that of all B responses, so the weights
-stay equal everywhere. All ranks evaluate, on the same draws; rank 0 alone writes and speaks. With one process nothing
-here does anything.
+DistributedDataParallel makes every rank's gradient the mean over the ranks, that of all B responses, so the weights
+stay equal. All ranks evaluate, on the same draws; rank 0 alone writes and speaks. With one process none of this happens.
 """
 
 import contextlib
@@ -15,11 +14,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from nano_opd.checks import NumericalFault
-from nano_opd.gpt import GPT
+from nano_opd.system import checks
+from nano_opd.system.checks import NumericalFault
 
 
 class RankLost(RuntimeError):
@@ -36,7 +35,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def place(device: torch.device) -> torch.device:
+def own_device(device: torch.device) -> torch.device:
     """This rank's own device of that type. Raises ValueError where the processes cannot have one each."""
     if world_size() == 1 or device.type == "cpu":
         return device
@@ -48,17 +47,24 @@ def place(device: torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def group(device: torch.device) -> Iterator[None]:
-    """Join the other ranks for the length of a `with`. Raises RankLost when one of them is gone."""
+    """Join the other ranks for the length of a `with`; a NumericalFault on one is raised on all.
+
+    Raises RankLost when another rank is gone.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
     if world_size() == 1:
         yield
         return
-    # the gradient travels between the devices; what is agreed on is on the CPU, where a lost rank is noticed at once
+    # Gradients travel between the devices. What ranks tell each other is on the CPU, where a lost one shows at once.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None):
             yield
+    except NumericalFault as fault:
+        if not hasattr(fault, "shared"):  # the others come to `require_finite`, or are here with the same fault
+            first_value(fault)
+        raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's have no type, but name its files
             raise RankLost("another process of this run has ended") from error
@@ -66,33 +72,7 @@ def group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
 
 
-def shard(rows: list) -> list:
-    """This rank's part of what is drawn for all of them."""
-    n = len(rows) // world_size()
-    return rows[rank() * n : (rank() + 1) * n]
-
-
-def own(purpose: str) -> str:
-    """The name of a random stream that every rank has for itself; rank 0's is that of a run with one process."""
-    return f"{purpose} of rank {rank()}" if rank() > 0 else purpose
-
-
-def replicate(model: torch.nn.Module) -> torch.nn.Module:
-    """The model to score with: a loss of its logits has the gradient of all ranks. Their weights become rank 0's."""
-    if world_size() == 1:
-        return model
-    replica = DistributedDataParallel(model)
-    replica.broadcast_buffers = False  # they are constants, and a rank may find a fault before it comes to a forward
-    return replica
-
-
-def unwrap(model: torch.nn.Module) -> GPT:
-    """The model itself, neither replicated nor compiled: to sample with; none of its calls waits for another rank."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    return getattr(model, "_orig_mod", model)  # where torch.compile keeps it
-
-
-def agree(value):
+def first_value(value):
     """On every rank the value of the lowest rank that has one, None if none has; all wait for each other here."""
     if world_size() == 1:
         return value
@@ -104,15 +84,15 @@ def agree(value):
     return box[0]
 
 
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """A NumericalFault on one rank is raised on all, so that none goes on to wait for one that has stopped."""
-    fault = None
+def require_finite(name: str, values: Tensor) -> None:
+    """Raises NumericalFault on all ranks, so that none goes on alone, when a value on any of them is not finite."""
+    fault, likely = None, "teacher and student differ so much on some token that its reward overflows: lower --lr"
     try:
-        yield
+        checks.require_finite(name, values, likely)
     except NumericalFault as error:
         fault = error
-    if fault := agree(fault):
+    if fault := first_value(fault):
+        fault.shared = True
         raise fault
 
 
@@ -120,15 +100,36 @@ def together() -> Iterator[None]:
 def rank_0_first() -> Iterator[None]:
     """Rank 0 goes through the block, then the others, who find the files that it wrote."""
     if rank() > 0:
-        agree(None)
+        first_value(None)
     yield
     if rank() == 0:
-        agree(None)
+        first_value(None)
+
+
+def shard(rows: list) -> list:
+    """This rank's part of what is drawn for all of them."""
+    n = len(rows) // world_size()
+    return rows[rank() * n : (rank() + 1) * n]
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """The model to score with: a loss of its logits has the gradient of all ranks. Their weights become rank 0's."""
+    if world_size() == 1:
+        return model
+    replica = DistributedDataParallel(model)
+    replica.broadcast_buffers = False  # they are constants, and a rank may find a fault before it comes to a forward
+    return replica
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The GPT itself, neither replicated nor compiled; none of its calls waits for another rank."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    return getattr(model, "_orig_mod", model)  # where torch.compile keeps it
 
 
 def mean(measured: dict[str, Tensor]) -> dict[str, float]:
     """Scalars averaged over the ranks."""
-    values = torch.stack(list(measured.values())).cpu().double()
+    values = torch.stack(list(measured.values())).detach().cpu().double()  # drops nothing: they are only logged
     if world_size() > 1:
         dist.all_reduce(values)
     return dict(zip(measured, (values / world_size()).tolist()))

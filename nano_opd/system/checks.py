@@ -1,4 +1,4 @@
-"""What the functions of this package refuse: shapes that do not match, and numbers that are none."""
+"""What the functions of this package refuse: shapes that do not match, and values that are not finite."""
 
 import difflib
 import math
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class NumericalFault(ValueError):
-    """A number that is not finite, named where it arose."""
+    """A value that is not finite; the message names it."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -36,21 +36,16 @@ def require_batch(mask: Tensor, **tensors: Tensor) -> None:
 
 
 def require_log_ratio(log_u: Tensor) -> None:
-    """Raises NumericalFault for NaN and for +∞, which would be a sampled token of probability 0.
-
-    −∞ is a token that the teacher forbids, and is allowed.
-    """
+    """Raises NumericalFault for NaN and for +∞, a sampled token of probability 0; at −∞ the teacher forbids a token."""
     if not (log_u < math.inf).all():
-        raise NumericalFault(
-            f"log u {tuple(log_u.shape)} holds NaN or +inf: a log-prob of student or teacher is broken"
-        )
+        raise NumericalFault(f"log u {tuple(log_u.shape)} holds NaN or +inf: a log-prob is broken")
 
 
 def require_no_nan(name: str, values: Tensor) -> None:
     """Raises NumericalFault for NaN, in sums over the vocabulary; an infinite divergence is a divergence."""
     if values.isnan().any():
         raise NumericalFault(
-            f"the {name} is NaN: the logits hold NaN, or give a token less than float32 can hold (e^-88)"
+            f"the {name} is NaN: the logits hold NaN, or give a token less than float32 can hold (e^-103)"
         )
 
 

@@ -1,27 +1,26 @@
 """The figures: what is drawn is what was measured."""
 
+import figures
 import pytest
 from matplotlib.colors import to_rgb
-
-from nano_opd import plots
-from nano_opd.statistics import mean_interval
+from seeds import mean_interval
 
 
 def test_token_credit_colours_credit_blame_and_size():
-    figure = plots.token_credit([("a", "12$", [1.0, -2.0, 0.0]), ("b", "3$", [0.0, 0.0])])
+    figure = figures.token_credit([("a", "12$", [1.0, -2.0, 0.0]), ("b", "3$", [0.0, 0.0])])
     faces = [patch.get_facecolor()[:3] for patch in figure.axes[0].patches]
     assert len(faces) == 5 and all(max(abs(c - 1) for c in faces[i]) < 0.01 for i in (2, 3, 4))  # nothing is white
-    blue, vermilion = (to_rgb(c) for c in plots.COLORS[:2])
+    blue, vermilion = (to_rgb(c) for c in figures.COLORS[:2])
     assert faces[1] == pytest.approx(vermilion, abs=0.01)  # the largest of its row
     assert faces[0] == pytest.approx([(1 + c) / 2 for c in blue], abs=0.01)  # half its size
     assert {"1", "2", "$", "3", "a", "b"} <= {text.get_text() for text in figure.axes[0].texts}
     with pytest.raises(ValueError):
-        plots.token_credit([("a", "12", [1.0])])
+        figures.token_credit([("a", "12", [1.0])])
 
 
 def test_seed_curves_draw_the_mean_over_seeds_and_skip_what_was_not_measured():
     seeds = [[{"step": s, "kl": None if s == 1 else s + i} for s in range(3)] for i in range(4)]
-    figure = plots.seed_curves({"one": seeds, "two": seeds[:1]}, {"kl": "KL"})
+    figure = figures.seed_curves({"one": seeds, "two": seeds[:1]}, {"kl": "KL"})
     one, two = figure.axes[0].get_lines()
     assert list(one.get_xdata()) == [0, 2] and list(one.get_ydata()) == [1.5, 3.5] and list(two.get_ydata()) == [0, 2]
     band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
@@ -31,6 +30,6 @@ def test_seed_curves_draw_the_mean_over_seeds_and_skip_what_was_not_measured():
 def test_results_are_read_as_they_were_written(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text('arm,seed,step,kl,leak_rate\na,0,0,0.5,\na,0,1,0.25,\na,1,0,1,0\n"b, c",0,0,2,\n')
-    results = plots.read_results(path)
+    results = figures.read_results(path)
     assert list(results) == ["a", "b, c"] and [len(rows) for rows in results["a"]] == [2, 1]
     assert results["a"][0][1] == {"step": 1, "kl": 0.25, "leak_rate": None} and results["a"][1][0]["leak_rate"] == 0

@@ -11,17 +11,13 @@ import torch
 
 
 def resolve(name: str) -> torch.device:
-    """The device called `name`, once it is known to be there; "auto" is a CUDA GPU or else the CPU.
-
-    Raises ValueError for a name that is none, or a device that this machine does not have.
-    """
+    """The device called `name`; "auto" is a CUDA GPU or else the CPU. Raises ValueError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[
-            device.type
-        ]
+        counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+        there = counts[device.type]
     except (RuntimeError, KeyError):
         raise ValueError(f"{name}: choose from auto, cpu, cuda, cuda:<n>, mps") from None
     if (device.index or 0) >= there:
@@ -30,10 +26,12 @@ def resolve(name: str) -> torch.device:
 
 
 def precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products called `name`; "auto" is bfloat16 on a GPU and float32 elsewhere: few CPUs have
-    instructions for it, and at width 64 those save 15 %.
+    """The dtype of matrix products called `name`; "auto" is bfloat16 on a GPU, and float32 elsewhere.
+
+    Few CPUs have instructions for bfloat16, and at width 64 those save 15 % of the time.
     """
-    return getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, auto if name == "auto" else name)
 
 
 def compiles(name: str, device: torch.device) -> bool:
@@ -49,7 +47,8 @@ def compiled(name: str, model: torch.nn.Module) -> torch.nn.Module:
     """The model as it is or, if --compile `name` asks for it, through torch.compile."""
     if not compiles(name, model.device):
         return model
-    if model.device.type == "cpu":  # or threads would add to the embedding's gradient in any order: other bits each run
+    if model.device.type == "cpu":
+        # Otherwise threads sum the embedding's gradient in varying order, and runs differ in the last bits.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     return torch.compile(model, dynamic=False)
@@ -57,8 +56,9 @@ def compiled(name: str, model: torch.nn.Module) -> torch.nn.Module:
 
 @contextmanager
 def any_order() -> Iterator[None]:
-    """Without deterministic algorithms, where no threads add up: they would have torch.compile copy a whole tensor
-    instead of writing in place at an index.
+    """Without deterministic algorithms, for sampling, where no threads add up.
+
+    With them torch.compile would copy a whole tensor instead of writing in place at an index.
     """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
@@ -69,12 +69,12 @@ def any_order() -> Iterator[None]:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile can make kernels: for a CPU it needs a C++ compiler."""
+    """Whether torch.compile can make kernels, for which it needs a C++ compiler on a CPU."""
     return device.type != "cpu" or shutil.which(os.environ.get("CXX", "c++")) is not None
 
 
 def require_compiler(name: str, device: torch.device) -> None:
-    """Raises ValueError where --compile `name` asks for kernels that cannot be made."""
+    """Raises ValueError where --compile `name` asks for kernels, and no compiler can make them."""
     if compiles(name, device) and not has_compiler(device):
         raise ValueError(f"{device} with --compile on: needs a C++ compiler, and none is on the path; leave it out")
 

@@ -1,8 +1,7 @@
 """Files that are whole or not there: atomic writes, and loads that verify before they trust.
 
-A checkpoint is an ordinary torch.save file with two entries, {"key": what determines it, "state": …}. Loading checks
-the CRC-32 that the zip container keeps of every record, unpickles with weights_only=True (tensors and plain containers,
-never code), and compares the key, all before anything of it is used.
+A checkpoint is a torch.save file of {"key": what determines it, "state": …}. Before anything of it is used, loading
+checks the CRC-32 of every record, unpickles tensors and plain containers only, never code, and compares the key.
 """
 
 import os
@@ -26,13 +25,12 @@ class WriteError(OSError):
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write` on a temporary file beside `path`, flush it to the disk, then rename it over `path`.
+    """Call `write` on a temporary file, flush it to the disk, then rename it: `path` is the old file or the new, whole.
 
-    Whoever opens `path`, at any moment and after any crash, finds the old file or the new one, whole.
     Raises WriteError for a full disk, a missing permission and the like.
     """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
                 write(file)
@@ -57,10 +55,7 @@ def save(path: Path, key: dict, state: dict) -> None:
 
 
 def load(path: Path, key: dict, device: torch.device | str = "cpu") -> dict:
-    """The state saved at `path`, once the file is intact, of this format, and saved with an equal `key`.
-
-    Raises CheckpointError otherwise; nothing is executed and nothing changed.
-    """
+    """The state saved at `path`. Raises CheckpointError unless the file is intact and was saved with an equal `key`."""
     remedy = "delete it to train again, or choose another --out-dir"
     try:
         with zipfile.ZipFile(path) as archive:
@@ -72,23 +67,19 @@ def load(path: Path, key: dict, device: torch.device | str = "cpu") -> dict:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and plain data, so it was not loaded: {remedy}"
-        ) from error
+        raise CheckpointError(f"{path} holds more than tensors and plain data: {remedy}") from error
     except Exception as error:  # zipfile and torch answer damage with a dozen kinds of exception
         raise CheckpointError(f"{path} is truncated or not a checkpoint: {remedy}") from error
 
-    if (
-        not isinstance(content, dict)
-        or content.get("format") != FORMAT
-        or not isinstance(content.get("key"), dict)
-        or not isinstance(content.get("state"), dict)
-    ):
+    parts = [content.get(name) for name in ("key", "state")] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a nano_opd checkpoint of format {FORMAT}: {remedy}")
-    saved = content["key"]
-    different = [
-        f"{name} is {saved.get(name)!r} there and {key[name]!r} here" for name in key if saved.get(name) != key[name]
-    ]
-    if different:
-        raise CheckpointError(f"{path} belongs to another configuration ({'; '.join(different)}): {remedy}")
+    if different := differences(content["key"], key):
+        raise CheckpointError(f"{path} belongs to another configuration ({different}): {remedy}")
     return content["state"]
+
+
+def differences(there: dict, here: dict) -> str:
+    """What of `here` is another value there, in words; empty where nothing is."""
+    names = [name for name in here if there.get(name) != here[name]]
+    return "; ".join(f"{name} is {there.get(name)} there and {here[name]} here" for name in names)

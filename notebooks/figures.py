@@ -10,55 +10,12 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from seeds import mean_interval
 
 from nano_opd import divergences
-from nano_opd.statistics import mean_interval, wilson
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 OWN_COLOR = {"OPD+": COLORS[0], "OPD": COLORS[1], "exact": COLORS[6]}  # the same in every figure
-
-
-def training_curves(rows: Sequence[dict], eval_size: int, response_cap: int, title: str) -> Figure:
-    """curves.png of one run: accuracy with its 95 % interval, KL and entropy, response length, gradient norm.
-
-    rows       the rows of metrics.csv as dicts; None where nothing was measured
-    eval_size  problems of each evaluation but the first and the last, which have four times as many
-    """
-    measured = [r for r in rows if r["accuracy"] is not None]
-    steps = [r["step"] for r in measured]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    figure.suptitle(title)
-
-    ax = axes[0, 0]
-    for name, color, label in [("accuracy", COLORS[0], "sampled"), ("greedy_accuracy", COLORS[1], "greedy")]:
-        values = [r[name] for r in measured]
-        ax.plot(steps, values, color=color, label=label)
-        sizes = [eval_size * (4 if r in (measured[0], measured[-1]) else 1) for r in measured]
-        low, high = zip(*(wilson(round(v * n), n) for v, n in zip(values, sizes)))
-        ax.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-    ax.set(ylabel="held-out accuracy (95 % interval)", ylim=(-0.02, 1.02))
-    ax.legend()
-
-    ax = axes[0, 1]
-    for name, color, label in [("kl", COLORS[0], "KL(student‖teacher)"), ("entropy", COLORS[2], "student entropy")]:
-        ax.plot(steps, [r[name] for r in measured], color=color, label=label)
-    ax.set(ylabel="nats per token", ylim=(0, None))
-    ax.legend()
-
-    ax = axes[1, 0]
-    ax.plot(steps, [r["response_length"] for r in measured], color=COLORS[0])
-    ax.axhline(response_cap, color="black", linestyle="--", linewidth=0.8, label="cap")
-    ax.set(ylabel="response length (tokens)", xlabel="update", ylim=(0, 1.1 * response_cap))
-    ax.legend()
-
-    ax = axes[1, 1]
-    updates = [r for r in rows if r["grad_norm"]]
-    ax.semilogy([r["step"] for r in updates], [r["grad_norm"] for r in updates], color=COLORS[0], linewidth=0.8)
-    ax.set(ylabel="gradient norm", xlabel="update")
-    for ax in axes.flat:
-        ax.grid(alpha=0.3)
-    return figure
 
 
 def read_results(path: Path | str) -> dict[str, list[list[dict]]]:
@@ -214,13 +171,8 @@ def bars(
         width = 0.8 / len(series)
         for n, (label, values) in enumerate(series.items()):
             x = np.arange(len(values)) + (n - (len(series) - 1) / 2) * width
-            ax.bar(
-                x,
-                values.values(),
-                width,
-                color=OWN_COLOR.get(label.split(",")[0] if n < 2 else label, COLORS[n]),
-                label=label,
-            )
+            color = OWN_COLOR.get(label.split(",")[0] if n < 2 else label, COLORS[n])
+            ax.bar(x, values.values(), width, color=color, label=label)
         groups = list(next(iter(series.values())))
         widest = max(len(line) for group in groups for line in group.split("\n"))
         tilt = {"rotation": 40, "ha": "right"} if widest * len(groups) > 90 / (columns or len(panels)) else {}

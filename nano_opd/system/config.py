@@ -1,0 +1,238 @@
+"""Every option of train.py, once: its default, its help with the paper's symbol, its range, the methods that read it.
+
+The command line is made from this dataclass, and the dataclass that ran is the config.json beside the results.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nano_opd import arithmetic, divergences
+from nano_opd.gpt import GPTConfig
+from nano_opd.methods import METHODS, Method
+from nano_opd.system import device, distributed
+from nano_opd.system.checks import did_you_mean
+from nano_opd.tokenizer import VOCAB_SIZE
+
+
+def option(default, help, *, choices=None, low=None, high=None, needs: Callable[[Method], bool] | None = None):
+    """A dataclass field with what the command line and the checks need; a bound is inclusive.
+
+    needs  which methods read it; None: those whose loss takes it or, if no loss does, all
+    """
+    meta = {"help": help, "choices": choices, "low": low, "high": high, "needs": needs}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+SELF_TAUGHT = {"needs": lambda method: method.teacher == "self"}
+GENERATORS = ", ".join(divergences.DIVERGENCES) + ", alpha=<float>"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    method: str = option("opdplus", "training method; it decides each token's advantage A_n", choices=tuple(METHODS))
+    divergence: str = option("jsd", f"generator f of D_f(q‖p): {GENERATORS}")
+    gamma: float = option(0.0, "γ, discount of the rewards still to come", low=0.0, high=1.0)
+    variance: str = option(
+        "sampled",
+        "A_n of the sampled token; A_n minus its exact mean over the vocabulary (baseline); or, without sampling the "
+        "token, the gradient of the whole vocabulary (full)",
+        choices=("sampled", "baseline", "full"),
+    )
+    normalize: str = option(
+        "batch", "divisor of the loss: B, or a biased mean", choices=("batch", "token_mean", "sequence_mean")
+    )
+    log_u_clip: float = option(0.0, "clip log u to ± this many nats (biased); 0 is off", low=0.0)
+
+    group_size: int = option(4, "G, responses to each prompt; divides B", low=2, needs=lambda m: m.reference_slot)
+    loss_type: str = option("grpo", "A = (R − mean)/(std + ε) of the group, or R − mean", choices=("grpo", "dr_grpo"))
+    epochs: int = option(
+        1, "updates per batch, with ratios ρ to the policy that sampled", low=1, needs=lambda m: m.rewards
+    )
+    clip_low: float = option(0.2, "ε_low: ρ is clipped below at 1 − ε_low", low=0.0, high=1.0)
+    clip_high: float = option(0.28, "ε_high: ρ is clipped above at 1 + ε_high", low=0.0)
+    lam: float = option(0.5, "λ, share of the evidence weight in Â_n; 0 is GRPO", low=0.0, high=1.0)
+    lam_decay: int = option(0, "updates over which λ falls to 0; 0 is never", low=0)
+    eps_w: float = option(0.2, "ε_w, clip of the evidence weight w_n to 1 ± ε_w; 0 is GRPO", low=0.0)
+    negative_only: bool = option(False, "reweight only responses with A < 0")
+    reasoning_only: bool = option(False, "reweight only the tokens before the answer")
+    reference: str = option(
+        "true",
+        "r that the self-teacher P_T reads and the student P_S does not: this problem's, drawn among the valid ones "
+        "(true); always the worked solution, so that I(Y; R | X) = 0 (work); another problem's (shuffled); or none",
+        choices=("true", "work", "shuffled", "none"),
+        **SELF_TAUGHT,
+    )
+    teacher_sync: int = option(0, "updates between copies of θ into P_T: 0 is frozen, 1 live", low=0, **SELF_TAUGHT)
+
+    task: str = option("add", "arithmetic task", choices=(*arithmetic.TASKS, "mix"))
+    digits: int = option(3, "digits of each operand", low=1, high=arithmetic.MAX_DIGITS)
+    seed: int = option(0, "seed of every random stream", low=0)
+
+    steps: int = option(400, "updates of the student", low=1)
+    batch_size: int = option(128, "B, responses per update", low=1)
+    lr: float = option(5e-3, "AdamW learning rate: rises for a tenth of the updates, then falls to 0", low=0.0)
+    grad_clip: float = option(0.0, "largest gradient norm; 0 is off", low=0.0)
+    eval_every: int = option(50, "updates between evaluations and checkpoints", low=1)
+    eval_size: int = option(500, "held-out problems per evaluation; four times as many at the start and the end", low=1)
+
+    teacher_layers: int = option(3, "teacher: transformer blocks", low=1)
+    teacher_width: int = option(96, "teacher: channels", low=8)
+    teacher_steps: int = option(400, "teacher: supervised updates", low=0)
+    student_layers: int = option(2, "student: transformer blocks", low=1)
+    student_width: int = option(64, "student: channels", low=8)
+    student_steps: int = option(110, "student: supervised updates of its warm start", low=0)
+    sft_batch_size: int = option(64, "worked solutions per supervised update of the warm starts", low=1)
+    sft_lr: float = option(1e-2, "learning rate of the warm starts, falling to 0", low=0.0)
+
+    device: str = option("auto", "auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:<n> or mps")
+    dtype: str = option(
+        "auto", "of products, bfloat16 on a GPU; other numbers are float32", choices=("auto", "float32", "bfloat16")
+    )
+    compile: str = option(
+        "auto", "torch.compile, to score and update on a GPU; on: to sample on a CPU too", choices=("auto", "on", "off")
+    )
+    out_dir: str = option("out", "folder of all runs and of the cached warm starts")
+    resume: bool = option(False, "continue this run from its last checkpoint")
+
+    def __post_init__(self):
+        """Raises ValueError, one sentence naming the flag, the value and what is allowed."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            choices, low, high = (field.metadata[key] for key in ("choices", "low", "high"))
+            if choices and value not in choices:
+                hint = did_you_mean(str(value), choices)
+                raise ValueError(f"{_flag(field.name)} {value}: choose from {', '.join(choices)}{hint}")
+            if low is not None and not (low <= value <= high if high is not None else low <= value < float("inf")):
+                allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
+                raise ValueError(f"{_flag(field.name)} {value}: must be {allowed}")
+        divergences.get(self.divergence)
+        if self.variance == "full" and "variance" in METHODS[self.method].options:
+            if self.gamma > 0:
+                raise ValueError(
+                    f"--gamma {self.gamma} sums a sampled return, so --variance must be sampled or baseline"
+                )
+            if self.normalize != "batch" or self.log_u_clip > 0:
+                raise ValueError("--normalize and --log-u-clip have no meaning with --variance full: leave them out")
+        N, G = distributed.world_size(), self.copies
+        if self.batch_size % (N * G):
+            factors = [f"the {N} processes"] * (N > 1) + [f"--group-size {G}"] * (G > 1)
+            raise ValueError(f"--batch-size {self.batch_size}: must be a multiple of {' times '.join(factors)}")
+        if N > 1 and self.normalize == "token_mean":
+            raise ValueError("--normalize token_mean: no process knows the tokens of all: use batch or sequence_mean")
+        if self.reference == "shuffled" and self.batch_size < 2 * N * self.group_size:
+            each = " for each process" if N > 1 else ""
+            raise ValueError(f"--reference shuffled: needs two groups or more in --batch-size{each}")
+        for who in ("teacher", "student"):
+            try:
+                self.gpt(who)
+            except ValueError as error:
+                raise ValueError(f"--{who}-width {getattr(self, f'{who}_width')}: {error}") from None
+
+    @property
+    def reference_slot(self) -> bool:
+        """Whether the prompt has a slot for a reference."""
+        return METHODS[self.method].reference_slot
+
+    @property
+    def options_of_method(self) -> dict:
+        """The options that the method's loss takes."""
+        return {name: getattr(self, name) for name in METHODS[self.method].options}
+
+    @property
+    def copies(self) -> int:
+        """Responses to each prompt: G where they are compared with each other or with a reference, else 1."""
+        return self.group_size if self.reference_slot else 1
+
+    @property
+    def prompt_length(self) -> int:
+        """P."""
+        return arithmetic.prompt_length(self.digits, self.reference_slot)
+
+    @property
+    def response_cap(self) -> int:
+        """R: a worked solution and a little room, so that a lost EOS shows as length and truncation."""
+        return arithmetic.solution_length(self.digits) + 5
+
+    def gpt(self, who: str) -> GPTConfig:
+        """Sizes of the "teacher" or the "student"."""
+        layers, width = getattr(self, f"{who}_layers"), getattr(self, f"{who}_width")
+        return GPTConfig(VOCAB_SIZE, self.prompt_length + self.response_cap, layers, n_embd=width)
+
+    def warm_start_key(self, who: str) -> dict:
+        """Everything that determines the weights of a warm start: two equal keys are one cached file."""
+        shared = ("task", "digits", "seed", "sft_batch_size", "sft_lr", "reference_slot")
+        own = {"who": who, "gpt": dataclasses.asdict(self.gpt(who)), "steps": getattr(self, f"{who}_steps")}
+        return own | {name: getattr(self, name) for name in shared}
+
+    def run_key(self) -> dict:
+        """Everything that determines a run."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out_dir", "resume")}
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's own folder: its method and what that reads, task, seed and, since they sample, other ranks."""
+        parts, options = [self.method], METHODS[self.method].options
+        parts += [getattr(self, name) for name in ("divergence", "variance") if name in options]
+        parts += [f"gamma{self.gamma:g}"] if "gamma" in options and self.gamma else []
+        ranks = [f"ranks{distributed.world_size()}"] if distributed.world_size() > 1 else []
+        return Path(self.out_dir) / "-".join([*parts, f"{self.task}{self.digits}", f"seed{self.seed}", *ranks])
+
+    def warm_start_path(self, who: str) -> Path:
+        """Where the warm start with exactly this key is cached."""
+        digest = hashlib.sha256(json.dumps(self.warm_start_key(who), sort_keys=True).encode()).hexdigest()[:12]
+        return Path(self.out_dir) / "warm_starts" / f"{who}-{self.task}{self.digits}-seed{self.seed}-{digest}.pt"
+
+
+def readers(field: dataclasses.Field) -> list[str]:
+    """The names of the methods that read an option."""
+    needs = field.metadata["needs"] or (lambda method: field.name in method.options)
+    return [name for name, method in METHODS.items() if needs(method)] or list(METHODS)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        # the one sentence, from one process, without the page of usage
+        self.exit(2, f"train.py: {message}\n" if distributed.rank() == 0 else None)
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """The configuration of a command line. Bad input ends the program: one sentence on stderr, exit code 2."""
+    parser = _Parser(
+        prog="train.py",
+        description="On-policy distillation of a small GPT on arithmetic.",
+        argument_default=argparse.SUPPRESS,  # so that what was typed can be told from what was not
+        allow_abbrev=False,
+    )
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    for name, field in fields.items():
+        kind = {"action": "store_true"} if field.type is bool else {"type": field.type, "metavar": field.type.__name__}
+        if field.metadata["choices"]:
+            kind = {"type": str, "metavar": "{" + ",".join(field.metadata["choices"]) + "}"}
+        only = "" if readers(field) == list(METHODS) else f" [{', '.join(readers(field))}]"
+        default = "" if field.type is bool else f" (default: {field.default})"
+        parser.add_argument(_flag(name), help=field.metadata["help"].replace("%", "%%") + only + default, **kind)
+    typed = vars(parser.parse_args(arguments))
+    try:
+        config = Config(**typed)
+    except ValueError as error:
+        parser.error(str(error))
+    for name in typed:
+        if config.method not in readers(fields[name]):
+            read_by = f"it is read by {', '.join(readers(fields[name]))}"
+            parser.error(f"{_flag(name)} {typed[name]} means nothing with --method {config.method}: {read_by}")
+    try:
+        device.require_compiler(config.compile, distributed.own_device(device.resolve(config.device)))
+    except ValueError as error:
+        parser.error(f"--device {error}")
+    return config

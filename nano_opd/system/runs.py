@@ -1,0 +1,236 @@
+"""A run around its loop: its folder, its place in the loop, what is saved and resumed, and how it ends.
+
+A run's folder holds config.json, metrics.csv, checkpoint.pt and curves.png. The warm starts of all runs are cached
+beside it, each under everything that determines its weights.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nano_opd.gpt import GPT
+from nano_opd.system import checkpoint, distributed
+from nano_opd.system.checks import NumericalFault
+from nano_opd.system.config import Config
+from nano_opd.system.device import keep_freed_memory, resolve
+from nano_opd.system.streams import torch_stream
+
+# Row n describes the student after n updates, then the update that follows. An empty cell was not measured.
+COLUMNS = (
+    "step rollouts seconds accuracy greedy_accuracy kl entropy response_length truncated loss grad_norm clip_fraction "
+    "leak_rate information_gap reward zero_groups weight_clip_fraction"
+).split()
+
+
+class RunFolderError(ValueError):
+    """A folder that this run cannot have; the message is one sentence that says why and what to do."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM arrived; the loop has saved everything, an unfinished warm start nothing."""
+
+
+class StopRequest:
+    """The first SIGINT or SIGTERM, kept until the step is finished; a second one ends the process at once."""
+
+    signal: int | None = None
+
+    def __init__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._keep)
+
+    def _keep(self, number: int, frame) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal has arrived."""
+        if self.signal is not None:
+            raise Interrupted
+
+
+class Run:
+    """One run: its configuration, its device, its step, and the rows of metrics.csv so far."""
+
+    def __init__(self, cfg: Config, device: torch.device, stop: StopRequest):
+        self.cfg, self.device, self.stop = cfg, device, stop
+        self.step, self.rows = 0, []
+
+    def cached(self, who: str, train: Callable[[Config, str, GPT], Iterator[None]]) -> GPT:
+        """The "teacher" or the "student" as its warm start leaves it: trained once, then read from its file.
+
+        train  trains a new model in place and yields after each update
+        """
+        path, key = self.cfg.warm_start_path(who), self.cfg.warm_start_key(who)
+        with distributed.rank_0_first():
+            torch.manual_seed(torch_stream(self.cfg.seed, f"{who} weights").initial_seed())
+            model = GPT(self.cfg.gpt(who)).to(self.device)
+            if path.exists():
+                model.load_state_dict(checkpoint.load(path, key, self.device))
+                return model
+            with self._bar(f"{who} warm start", key["steps"]) as bar:
+                for _ in train(self.cfg, who, model):
+                    bar.update()
+                    self.stop.check()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(path, key, model.state_dict())
+            return model
+
+    def steps(self, parts: dict[str, nn.Module | torch.optim.Optimizer]) -> Iterator[int]:
+        """Steps 0 … --steps, or those after the last checkpoint; no update follows the last one.
+
+        parts  name → what has a state that is resumed here and saved at each evaluation
+
+        Raises Interrupted, everything saved, after the step in which a signal came.
+        """
+        self.parts, self.started, first = parts, time.monotonic(), 0
+        path = self.cfg.run_dir / "checkpoint.pt"
+        if path.exists():
+            state = checkpoint.load(path, self.cfg.run_key(), self.device)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            first, self.started = state["step"], self.started - state["seconds"]
+            self.rows = state["rows"][:first]  # the row of the step itself is measured again
+        with self._bar(self.cfg.run_dir.name, self.cfg.steps) as self.bar:
+            self.bar.update(first)
+            for step in range(first, self.cfg.steps + 1):
+                self.step, self.seconds = step, time.monotonic() - self.started
+                self.rows.append(dict.fromkeys(COLUMNS) | {"step": step, "rollouts": step * self.cfg.batch_size})
+                yield step
+                if step < self.cfg.steps:
+                    self.bar.update()
+                    if number := distributed.first_value(self.stop.signal):
+                        self.stop.signal = number
+                        with distributed.rank_0_first():
+                            self._save(step + 1)
+                        self.stop.check()
+
+    def is_due(self) -> bool:
+        """Whether the student is to be evaluated at this step."""
+        return self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps
+
+    def log(self, measured: dict[str, Tensor]) -> None:
+        """What an update measured, as columns of the row of its step; of several processes, the mean."""
+        self.rows[-1] |= distributed.mean(measured)
+
+    def log_evaluation(self, measured: dict[str, float]) -> None:
+        """The same for an evaluation, which is shown, and followed by a checkpoint."""
+        self.rows[-1] |= measured | {"seconds": round(self.seconds, 3)}
+        shown = "accuracy {accuracy:.3f}  kl {kl:.3f}".format(**measured)
+        self.bar.set_postfix_str(shown)
+        if self.bar.disable:
+            print(f"step {self.step:5d} {self.seconds:7.1f} s  {shown}", flush=True)
+        self._save(self.step)
+
+    def _save(self, step: int) -> None:
+        """checkpoint.pt, then metrics.csv from its rows, each whole or as it was; rank 0 writes them."""
+        if distributed.rank() > 0:
+            return
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        state = {"step": step, "seconds": time.monotonic() - self.started, "rows": self.rows} | states
+        checkpoint.save(self.cfg.run_dir / "checkpoint.pt", self.cfg.run_key(), state)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        checkpoint.write_atomically(self.cfg.run_dir / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
+
+    def _bar(self, label: str, total: int) -> tqdm:
+        """A bar with its ETA on a terminal; nothing where the output is a file."""
+        hidden = distributed.rank() > 0 or not sys.stderr.isatty()
+        return tqdm(total=total, desc=label, disable=hidden, leave=False)
+
+
+@contextlib.contextmanager
+def start(cfg: Config) -> Iterator[Run]:
+    """A run in its folder, among its ranks. Its known ways to fail end the program: one sentence and an exit code."""
+    stop, run = StopRequest(), None
+
+    def end(code: int, sentence: str) -> NoReturn:
+        if distributed.rank() == 0:
+            print(f"train.py: {sentence}", file=sys.stderr)
+        sys.exit(code)
+
+    again = f"the same command with --resume continues {cfg.run_dir}"
+    try:
+        device = distributed.own_device(resolve(cfg.device))
+        with distributed.group(device), claim(cfg):
+            keep_freed_memory()
+            run = Run(cfg, device, stop)
+            yield run
+    except (checkpoint.CheckpointError, checkpoint.WriteError, RunFolderError) as error:
+        end(2, str(error))
+    except NumericalFault as error:
+        kept = f"The last good state, if one was saved, is in {cfg.run_dir / 'checkpoint.pt'}"
+        end(1, f"step {run.step}: {error}. {kept}")
+    except distributed.RankLost as error:
+        end(1, f"{error}; {again}")
+    except Interrupted:
+        end(128 + stop.signal, f"stopped; {again}")
+
+
+@contextlib.contextmanager
+def claim(cfg: Config) -> Iterator[None]:
+    """Hold the run's folder, with this run's config.json in it, for the length of a `with`.
+
+    Raises RunFolderError, and changes nothing, for a folder that holds another run, or this one without --resume, or
+    that another process is writing to. Rank 0 holds it for all ranks.
+    """
+    if distributed.rank() > 0:
+        yield
+        return
+    path = cfg.run_dir / "config.json"
+    if path.exists():
+        try:
+            saved = dict(json.loads(path.read_text()))
+        except ValueError:
+            raise RunFolderError(f"{path} is not a run's configuration: give another --out-dir") from None
+        if different := checkpoint.differences(saved, cfg.run_key()):
+            raise RunFolderError(f"{cfg.run_dir} holds another run ({different}): give another --out-dir")
+        if not cfg.resume:
+            raise RunFolderError(
+                f"{cfg.run_dir} holds this run already: add --resume to continue it, or give another --out-dir"
+            )
+    try:
+        cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"--out-dir {cfg.out_dir}: cannot make {cfg.run_dir} ({error.strerror})") from None
+    with _locked(cfg):
+        for litter in cfg.run_dir.glob(".*.tmp"):  # a process that was killed while it wrote
+            litter.unlink()
+        if not path.exists():
+            text = json.dumps(dataclasses.asdict(cfg), indent=2)
+            checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(cfg: Config) -> Iterator[None]:
+    """An advisory lock on the folder itself: it leaves no file behind and dies with its process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; there, two runs in one folder are the user's to avoid
+        yield
+        return
+    folder = os.open(cfg.run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise RunFolderError(
+            f"another process is writing to {cfg.run_dir}: wait for it, or give another --out-dir"
+        ) from None
+    finally:
+        os.close(folder)

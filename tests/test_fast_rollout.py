@@ -1,0 +1,166 @@
+"""The fast sampler draws what the plain one draws, in pieces, compiled or not, and `sampler` chooses between them."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from nano_opd import rollout
+from nano_opd.gpt import GPT, GPTConfig
+from nano_opd.rollout import response_logits, response_logprobs
+from nano_opd.system import fast_rollout
+from nano_opd.system.checks import NumericalFault
+from nano_opd.system.fast_rollout import TOKENS_AT_ONCE, sampler
+from nano_opd.tokenizer import EOS, PAD, VOCAB_SIZE
+
+P, R = 4, 12
+COMPILED = {"new": partial(fast_rollout._eager, compiled=True)}
+
+
+def new_model(block_size, **sizes):
+    """A random model that attends, and ends a response every few tokens."""
+    torch.manual_seed(3)
+    model = GPT(GPTConfig(VOCAB_SIZE, block_size, **sizes))
+    for block in model.blocks:  # what comes out of a block starts at zero: attention and mlp would be nothing
+        torch.nn.init.normal_(block.attention_out.weight, std=0.2)
+        torch.nn.init.normal_(block.mlp_out.weight, std=0.2)
+    with torch.no_grad():
+        model.embedding.weight[EOS] *= 2.0
+    return model
+
+
+def new_prompts(B, P):
+    return torch.randint(10, (B, P), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model():
+    return new_model(P + R)
+
+
+@pytest.fixture
+def prompts():
+    return new_prompts(200, P)
+
+
+def require_same(got, want):
+    assert torch.equal(got.tokens, want.tokens) and torch.equal(got.mask, want.mask)
+    assert got.prompt_length == want.prompt_length and got.logp.dtype == torch.float32
+    torch.testing.assert_close(got.logp, want.logp, rtol=0, atol=1e-5)
+    assert (got.logp[~got.mask] == 0).all()
+
+
+# P + R below, at and above 64 keys, up to which the cache is sliced; R below, at and between multiples of a piece
+@pytest.mark.parametrize(
+    "P,R", [(4, 12), (4, 3), (1, 9), (1, 1), (1, 63), (4, 60), (58, 6), (58, 10), (63, 2), (64, 5)]
+)
+@pytest.mark.parametrize("greedy", [False, True])
+def test_the_plain_and_the_fast_sampler_give_the_same(P, R, greedy):
+    model, prompts = new_model(P + R), new_prompts(40, P)
+    draw = lambda sample, seed: sample(model, prompts, R, torch.Generator().manual_seed(seed), greedy)
+    want = draw(rollout.sample, 1)
+    require_same(draw(fast_rollout.sample, 1), want)
+    assert want.mask.sum() > len(prompts) or R == 1
+    if not greedy and R > 1:
+        assert not torch.equal(draw(fast_rollout.sample, 2).tokens, want.tokens)
+
+
+def test_both_give_the_same_where_some_responses_end_early_and_some_never(model, prompts):
+    want = rollout.sample(model, prompts, R, torch.Generator().manual_seed(1))
+    assert want.mask.sum(1).min() < 3 and want.truncated.any() and not want.truncated.all()
+    require_same(fast_rollout.sample(model, prompts, R, torch.Generator().manual_seed(1)), want)
+
+
+def test_the_record_of_the_fast_sampler(model, prompts):
+    """What rollout.py promises of a record, not by comparison: the mask, what stands behind it, and the log-probs."""
+    got = fast_rollout.sample(model, prompts, R, torch.Generator().manual_seed(1))
+    assert torch.equal(got.tokens[:, :P], prompts)
+    for tokens, mask, truncated in zip(got.responses.tolist(), got.mask.tolist(), got.truncated.tolist()):
+        end = tokens.index(EOS) + 1 if EOS in tokens else R
+        assert mask == [True] * end + [False] * (R - end) and tokens[end:] == [PAD] * (R - end)
+        assert truncated == (EOS not in tokens)
+    logp = response_logprobs(model, got.tokens, P)
+    torch.testing.assert_close(got.logp[got.mask], logp[got.mask], rtol=0, atol=1e-5)
+    greedy = fast_rollout.sample(model, prompts, R, greedy=True)
+    best = response_logits(model, greedy.tokens, P).argmax(-1)
+    assert torch.equal(best[greedy.mask], greedy.responses[greedy.mask])
+
+
+@pytest.mark.parametrize("P,R,greedy", [(58, 10, False), (1, 4, True)])
+def test_compiled_sampling_draws_the_same_tokens(P, R, greedy, compiler):
+    """Pieces of 4, 4 and 2 tokens, the last two with more than 64 keys; and a prompt that needs no prefill."""
+    model, prompts = new_model(P + R, n_layer=1, n_head=2, n_embd=8), new_prompts(40, P)
+    draw = lambda sample, **how: sample(model, prompts, R, torch.Generator().manual_seed(1), greedy, **how)
+    want = draw(rollout.sample)
+    for _ in range(2):
+        require_same(draw(fast_rollout.sample, **COMPILED), want)
+    with torch.no_grad():
+        model.embedding.weight.mul_(0.5)  # compiled code reads the weights of now
+    require_same(draw(fast_rollout.sample, **COMPILED), draw(rollout.sample))
+
+
+def test_it_stops_after_the_piece_in_which_the_last_response_ends(model, prompts):
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    got = fast_rollout.sample(model, prompts[:3], R, torch.Generator().manual_seed(4))
+    last = int(got.mask.sum(1).max())
+    assert len(calls) == 1 + -(-last // TOKENS_AT_ONCE) * TOKENS_AT_ONCE < 1 + R
+
+
+def test_a_state_that_is_used_again_remembers_nothing(model, prompts, monkeypatch):
+    """As captured graphs use theirs: other prompts and another stream on the same tensors, as on new ones."""
+    draw = lambda prompts, seed: fast_rollout.sample(model, prompts, R, torch.Generator().manual_seed(seed))
+    prompts, others = prompts[:2], prompts[2:4]
+    late = lambda r: not r.truncated.any() and r.mask.sum(1).min() > TOKENS_AT_ONCE
+    first = next(seed for seed in range(999) if late(draw(prompts, seed)))  # ends that must not be taken for
+    second = next(seed for seed in range(first + 1, 999) if late(draw(others, seed)))  # those of a rollout that goes on
+    want = [draw(prompts, first), draw(others, second)]
+    kept = fast_rollout._State.of(model, len(prompts), P, R)
+    monkeypatch.setattr(fast_rollout._State, "of", lambda *sizes: kept)
+    for got, expected in zip([draw(prompts, first), draw(others, second)], want):
+        for name in ("tokens", "mask", "logp"):
+            assert torch.equal(getattr(got, name), getattr(expected, name))
+    assert torch.equal(draw(prompts, first).tokens, want[0].tokens)
+
+
+def test_what_the_plain_sampler_refuses_the_fast_one_refuses(model, prompts):
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        fast_rollout.sample(model, prompts, 0)
+    for off_policy in ({"temperature": 0.7}, {"top_k": 5}):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            fast_rollout.sample(model, prompts, R, **off_policy)
+    with torch.no_grad():
+        model.blocks[0].mlp_out.weight[0, 0] = torch.nan
+    with pytest.raises(NumericalFault, match="log-prob of a sampled token is not finite in .* likely the weights"):
+        fast_rollout.sample(model, prompts, R, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "where,compile,chosen",
+    [
+        ("cpu", "off", "plain"),
+        ("cpu", "auto", "plain"),
+        ("cpu", "on", "compiled"),
+        ("cuda", "off", "captured"),
+        ("cuda", "auto", "captured"),
+        ("cuda", "on", "captured"),
+        ("mps", "off", "plain"),
+        ("mps", "on", "plain"),
+    ],
+)
+def test_the_sampler_is_the_fastest_for_its_device(where, compile, chosen, monkeypatch):
+    """And what it is given arrives: the model itself, whatever is wrapped around it."""
+    calls = []
+    monkeypatch.setattr(rollout, "sample", lambda *given, **named: calls.append(("plain", given, named)))
+    monkeypatch.setattr(fast_rollout, "sample", lambda *given, **named: calls.append((named.pop("new"), given, named)))
+    model = GPT(GPTConfig(VOCAB_SIZE, 8))
+    sample = sampler(torch.device(where), compile)
+    for wrapped in (model, torch.compile(model)):
+        sample(wrapped, "prompts", 12, "generator", greedy=True)
+    for how, given, named in calls:
+        assert given[0] is model and given[1:] == ("prompts", 12, "generator") and named == {"greedy": True}
+        if chosen == "compiled":
+            assert how.func is fast_rollout._eager and how.keywords == {"compiled": True}
+        else:
+            assert how == {"plain": "plain", "captured": fast_rollout._captured}[chosen]
+    assert len(calls) == 2
