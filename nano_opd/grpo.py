@@ -21,8 +21,8 @@ that and the std; here the two differ by the std alone.
 import torch
 from torch import Tensor
 
-from nano_opd.policy_gradient import reduce, require_constant
-from nano_opd.system.checks import require_batch, require_same_shape
+from nano_opd.policy_gradient import reduce
+from nano_opd.system.checks import require_batch, require_constant, require_same_shape
 
 EPSILON = 1e-6
 

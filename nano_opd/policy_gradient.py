@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nano_opd.system.checks import require_batch, require_no_nan, require_same_shape
+from nano_opd.system.checks import require_batch, require_constant, require_no_nan, require_same_shape
 
 
 def loss(logp: Tensor, advantage: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
@@ -36,12 +36,6 @@ def loss(logp: Tensor, advantage: Tensor, mask: Tensor, normalize: str = "batch"
     if advantage.shape != (len(logp), 1):
         require_same_shape(logp=logp, advantage=advantage)
     return reduce(-advantage * logp, mask, normalize)
-
-
-def require_constant(advantage: Tensor) -> None:
-    """Raises ValueError if the advantage carries a gradient."""
-    if advantage.requires_grad:
-        raise ValueError("the advantage carries a gradient: a method must return it detached")
 
 
 def reduce(terms: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:

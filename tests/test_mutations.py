@@ -77,7 +77,6 @@ MUTATIONS = {
             "gamma * reward[:, n + 1] + future[:, n + 1]",
             "estimators: term_by_term",
         ),
-        ("if advantage.requires_grad:", "if False:", "estimators: misuse"),
         ("student_logits.detach()", "student_logits", "estimators: baselines_are_detached"),
         ("teacher_logits.detach()", "teacher_logits", "estimators: baselines_are_detached"),
         ("(student_logp.exp() *", "(teacher_logits.softmax(-1) *", "estimators: exact_baselines"),
@@ -158,6 +157,9 @@ MUTATIONS = {
         ("slice(n, n + 1) for n in before", "slice(n - 1, n) for n in before", "fast_rollout: give_the_same"),
         ("first == 0 and P > 1", "first < 0", "fast_rollout: give_the_same"),
         ("responses.fill_(PAD)", "pass", "fast_rollout: remembers_nothing"),
+    ],
+    "system/checks.py": [
+        ("if advantage.requires_grad:", "if False:", "estimators: misuse"),
     ],
     "methods.py": [
         ("log_u = s.teacher_logp - s.student_logp", "log_u = s.student_logp - s.teacher_logp", "methods: distillation"),

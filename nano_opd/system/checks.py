@@ -35,6 +35,12 @@ def require_batch(mask: Tensor, **tensors: Tensor) -> None:
     require_same_shape(**tensors, mask=mask)
 
 
+def require_constant(advantage: Tensor) -> None:
+    """Raises ValueError if the advantage carries a gradient, which would be counted twice."""
+    if advantage.requires_grad:
+        raise ValueError("the advantage carries a gradient: a method must return it detached")
+
+
 def require_log_ratio(log_u: Tensor) -> None:
     """Raises NumericalFault for NaN and for +∞, a sampled token of probability 0; at −∞ the teacher forbids a token."""
     if not (log_u < math.inf).all():

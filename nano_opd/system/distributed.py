@@ -4,7 +4,7 @@
 
 Rank k of N answers the k-th part of an update's problems, with random streams of its own, and divides its loss by B/N.
 DistributedDataParallel makes every rank's gradient the mean over the ranks, that of all B responses, so the weights
-stay equal. All ranks evaluate, on the same draws; rank 0 alone writes and speaks. With one process none of this happens.
+stay equal. All ranks evaluate, on the same draws; rank 0 alone writes and speaks. With one process, none of it.
 """
 
 import contextlib
