@@ -7,17 +7,17 @@ What makes a run practical (its folder, resuming, signals, several devices) is i
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from nano_opd import arithmetic, opsd, sft
 from nano_opd.evaluate import evaluate, rewards
 from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS, Scored
-from nano_opd.rollout import Rollout, score
+from nano_opd.rollout import score
 from nano_opd.system import runs
 from nano_opd.system.config import Config, parse
 from nano_opd.system.device import compiled, precision
@@ -27,9 +27,7 @@ from nano_opd.system.report import report
 from nano_opd.system.streams import draw_batch, draw_problems, numpy_stream, torch_stream
 
 
-def update(
-    cfg: Config, step: int, student: nn.Module, teacher: nn.Module, optimizer: Optimizer, sample: Callable[..., Rollout]
-) -> dict[str, Tensor]:
+def update(cfg: Config, step: int, student: nn.Module, teacher: nn.Module, optimizer: Optimizer, sample) -> dict:
     """What the student learns from one batch of B responses; returns columns of metrics.csv.
 
     Raises NumericalFault, before a weight has followed it, for a log-prob, loss or gradient that is not finite.
@@ -42,8 +40,9 @@ def update(
         rollout = sample(student, prompts, cfg.response_cap, torch_stream(cfg.seed, "rollout", step, device))
     else:
         rollout = sft.worked_solutions(problems, device)
+    require_finite("log-prob of a sampled token", rollout.logp)
 
-    # score: how likely the teacher finds each token, and whether the verifier accepts the answer
+    # score: how likely the teacher finds each token behind its own prompt, and whether the answer is right
     whole = method.whole_vocabulary or cfg.variance != "sampled"  # distributions, or the sampled tokens alone
     with torch.no_grad():
         view = opsd.privileged_view(rollout.tokens, rollout.prompt_length, teacher_prompts)

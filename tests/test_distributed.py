@@ -101,11 +101,15 @@ def work_on_shares(folder):
             gradients = gradients_of_an_update(cfg, distributed.replicate(student), teacher, recorded)
             drawn = {key: vars(value) if isinstance(value, Rollout) else value for key, value in kept.items()}
             out[arm] = {"gradients": gradients, "weights": student.state_dict(), **drawn}
-    torch.save(out, Path(folder) / f"{distributed.rank()}.pt")
+        k = distributed.rank()
+        out["mean"] = distributed.mean({"rank": torch.tensor(float(k)), "one": torch.ones(())})
+        out["first"] = [distributed.first_value(value) for value in (None, k, [None, "of rank 1"][k])]
+    torch.save(out, Path(folder) / f"{k}.pt")
 
 
 def work_on_a_run(out_dir, event, *arguments):
-    """train.py with the weights of every rank on disk at its end; `event` happens to rank 1 alone, at step 7."""
+    """train.py with the weights of every rank on disk at its end; `event` happens to rank 1, at step 7 or "…@n"."""
+    event, _, at = event.partition("@")
     update, trained, method = train.update, train.train, METHODS["opdplus"]
 
     def broken_loss(scored):
@@ -115,10 +119,10 @@ def work_on_a_run(out_dir, event, *arguments):
         raise NumericalFault("the log-prob of a sampled token is broken here")
 
     def eventful(cfg, step, student, teacher, optimizer, sample):
-        if step == 7 and distributed.rank() == 1:
+        if step == int(at or 7) and distributed.rank() == 1:
             if event == "fault":
                 METHODS["opdplus"] = dataclasses.replace(method, loss=broken_loss)
-            elif event == "early fault":  # before it comes to a forward, where the other waits for its gradient
+            elif event == "early fault":  # before it comes to the forward that the others are in
                 sample = broken_sample
             elif event:
                 os.kill(os.getpid(), getattr(signal, event))
@@ -222,6 +226,11 @@ def test_ranks_share_out_the_worked_solutions_of_one_process(shares):
     assert torch.equal(both, train.sft.worked_solutions(batch_of(cfg)).tokens)
 
 
+def test_ranks_agree_on_means_and_on_the_first_value(shares):
+    for share in shares:
+        assert share["mean"] == {"rank": 0.5, "one": 1} and share["first"] == [None, 0, "of rank 1"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One undisturbed run of two processes."""
@@ -277,12 +286,17 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault,sentence", [("fault", "the loss is"), ("early fault", "the log-prob of a sampled token is broken here")]
+    "fault,step,sentence",
+    [
+        ("fault", 7, "the loss is"),
+        ("early fault", 7, "the log-prob of a sampled token"),
+        ("early fault", 1, "the log-prob of a sampled token"),  # in the second forward replicas settle what they share
+    ],
 )
-def test_a_fault_on_one_rank_stops_all_with_one_sentence(fault, sentence, tmp_path):
-    ended = run(tmp_path, fault)
-    assert ended.returncode == 1 and ended.stderr.count(f"train.py: step 7: {sentence}") == 1
-    assert "another process" not in ended.stderr and state(tmp_path)["step"] == 5
+def test_a_fault_on_one_rank_stops_all_with_one_sentence(fault, step, sentence, tmp_path):
+    ended = run(tmp_path, f"{fault}@{step}")
+    assert ended.returncode == 1 and ended.stderr.count(f"train.py: step {step}: {sentence}") == 1
+    assert "another process" not in ended.stderr and state(tmp_path)["step"] == step // 5 * 5
 
 
 def test_a_bad_command_line_is_refused_once(tmp_path):

@@ -52,7 +52,7 @@ def require_same(got, want):
 
 # P + R below, at and above 64 keys, up to which the cache is sliced; R below, at and between multiples of a piece
 @pytest.mark.parametrize(
-    "P,R", [(4, 12), (4, 3), (1, 9), (1, 1), (1, 63), (4, 60), (58, 6), (58, 10), (63, 2), (64, 5)]
+    "P,R", [(4, 12), (4, 3), (1, 9), (2, 9), (1, 1), (1, 63), (4, 60), (58, 6), (58, 10), (63, 2), (64, 5)]
 )
 @pytest.mark.parametrize("greedy", [False, True])
 def test_the_plain_and_the_fast_sampler_give_the_same(P, R, greedy):

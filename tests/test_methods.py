@@ -253,8 +253,6 @@ def require_the_gradients_of_the_loop(cfg, scene):
     assert scene.measured["grad_norm"].item() == pytest.approx(scene.gradients[-1].norm().item(), rel=1e-4)
     if cfg.variance != "full":  # there the loop has the gradient of the divergence, not its value
         assert scene.measured["loss"].item() == pytest.approx(loss.item(), rel=1e-3, abs=1e-4)
-    if cfg.log_u_clip:
-        assert 0 < scene.measured["clip_fraction"] < 1
 
 
 @pytest.mark.parametrize("divergence", TABLE)
@@ -350,6 +348,17 @@ def test_what_an_update_measures_is_what_happened():
     assert one.measured["weight_clip_fraction"].item() == pytest.approx(bounded / judged) and 0 < bounded < judged
     assert one.measured["reward"].item() == pytest.approx(len(RIGHT) / 16)
     assert one.measured["zero_groups"].item() == pytest.approx(1 / 4)
+
+
+def test_the_clipped_fraction_of_log_ratios_counts_both_sides():
+    scene = updated(method="opdplus", log_u_clip=0.3)
+    log_u = []
+    for prompt, _, y in responses(config.Config(**TINY, batch_size=16), scene):
+        p, q = (distributions(m, prompt, y) for m in (scene.before, scene.teacher.model))
+        log_u += [(q[n, v] / p[n, v]).log().item() for n, v in enumerate(y)]
+    low, high = sum(x < -0.3 for x in log_u), sum(x > 0.3 for x in log_u)
+    assert min(low, high) > 0 and low + high < len(log_u)
+    assert scene.measured["clip_fraction"].item() == pytest.approx((low + high) / len(log_u))
 
 
 def test_a_gradient_is_shortened_to_grad_clip_and_reported_as_it_was():
@@ -448,6 +457,21 @@ def test_one_function_and_one_entry_are_a_new_method(tmp_path):
     rows = [dict(zip(header.split(","), line.split(","))) for line in lines]
     assert len(rows) == 13 and all(float(row["grad_norm"]) > 0 for row in rows[:-1])
     assert all(0 < float(row["clip_fraction"]) < 1 for row in rows[:-1])
+
+
+@pytest.mark.parametrize("name", ["opdplus", "grpo", "rlsd"])
+def test_who_is_to_be_its_own_teacher_learns_half_of_its_prompts_blank_and_half_with_a_reference(name, monkeypatch):
+    given = []
+    monkeypatch.setattr(train.sft, "train", lambda model, problems, *rest: given.append((problems, *rest)))
+    cfg = config.Config(method=name, student_steps=50, sft_batch_size=40, sft_lr=0.125)
+    train.warm_start(cfg, "student", None)
+    ((problems, batch_size, lr, styles),) = given
+    assert len(problems) == 2000 and (batch_size, lr) == (40, 0.125)
+    assert (styles is None) == (name == "opdplus")
+    if styles:
+        counts = {style: styles.count(style) for style in ("blank", *arithmetic.REFERENCES)}
+        assert sum(counts.values()) == len(styles) == 2000
+        assert abs(counts["blank"] - 1000) < 100 and all(abs(counts[r] - 500) < 90 for r in arithmetic.REFERENCES)
 
 
 # ------------------------------------------------------------------------------------------------------- the evaluation

@@ -143,9 +143,10 @@ def test_weights_that_have_overflowed_are_named(model, prompts):
         sample(model, prompts, R, torch.Generator().manual_seed(0))
 
 
-def test_a_prompt_of_one_token_is_continued(model):
-    rollout = sample(model, torch.full((50, 1), 5), R, torch.Generator().manual_seed(0))
-    want = response_logprobs(model, rollout.tokens, 1)
+@pytest.mark.parametrize("P", [1, 2])
+def test_a_prompt_of_one_or_two_tokens_is_continued(model, P):
+    rollout = sample(model, torch.arange(5, 5 + P).expand(50, P), R, torch.Generator().manual_seed(0))
+    want = response_logprobs(model, rollout.tokens, P)
     torch.testing.assert_close(rollout.logp[rollout.mask], want[rollout.mask], rtol=0, atol=1e-5)
 
 

@@ -85,7 +85,11 @@ def first_value(value):
 
 
 def require_finite(name: str, values: Tensor) -> None:
-    """Raises NumericalFault on all ranks, so that none goes on alone, when a value on any of them is not finite."""
+    """Raises NumericalFault on all ranks, so that none waits for one that has stopped, when any has a bad value.
+
+    Ranks that find a fault earlier come here too, through `group`. So it stands before whatever waits for all: the
+    forward of a replica, which may settle what replicas share, and the backward, which adds up their gradients.
+    """
     fault, likely = None, "teacher and student differ so much on some token that its reward overflows: lower --lr"
     try:
         checks.require_finite(name, values, likely)
