@@ -28,7 +28,7 @@ from nano_opd.system.streams import draw_batch, draw_problems, numpy_stream, tor
 
 
 def update(cfg: Config, step: int, student: nn.Module, teacher: nn.Module, optimizer: Optimizer, sample) -> dict:
-    """What the student learns from one batch of B responses; returns columns of metrics.csv.
+    """One update of the student on a batch of B responses, over --epochs epochs; returns columns of metrics.csv.
 
     Raises NumericalFault, before a weight has followed it, for a log-prob, loss or gradient that is not finite.
     """
@@ -42,7 +42,7 @@ def update(cfg: Config, step: int, student: nn.Module, teacher: nn.Module, optim
         rollout = sft.worked_solutions(problems, device)
     require_finite("log-prob of a sampled token", rollout.logp)
 
-    # score: how likely the teacher finds each token behind its own prompt, and whether the answer is right
+    # score: how likely the teacher finds each token after its own prompt, and whether the answer is right
     whole = method.whole_vocabulary or cfg.variance != "sampled"  # distributions, or the sampled tokens alone
     with torch.no_grad():
         view = opsd.privileged_view(rollout.tokens, rollout.prompt_length, teacher_prompts)
@@ -89,7 +89,7 @@ def train(run: runs.Run, student: GPT, teacher: GPT) -> None:
         if step < cfg.steps:
             if cfg.teacher_sync and step % cfg.teacher_sync == 0:
                 teacher.load_state_dict(student.state_dict())
-            # It rises first: AdamW's first steps are large whatever the gradient, and would undo the warm start.
+            # The learning rate rises first: AdamW's first steps are large whatever the gradient.
             optimizer.param_groups[0]["lr"] = cfg.lr * min(1, 10 * (step + 1) / cfg.steps) * (1 - step / cfg.steps)
             run.log(update(cfg, step, scored_student, scored_teacher, optimizer, sampler(run.device, cfg.compile)))
 

@@ -60,7 +60,7 @@ TASKS = {
 
 
 def prompt_length(digits: int, slot: bool = False) -> int:
-    """Characters of a prompt, without or with a reference slot and the space behind it."""
+    """Characters of a prompt, without or with a reference slot and the space after it."""
     return 2 * digits + 2 + (slot_length(digits) + 1 if slot else 0)
 
 
@@ -125,7 +125,7 @@ def sample_problems(
 
 
 def prompt(problem: Problem, slot: str | None = None) -> str:
-    """ "457+068=", behind a reference slot if there is one. Raises ValueError for a slot of another width."""
+    """ "457+068=", after a reference slot if there is one. Raises ValueError for a slot of another width."""
     task, digits, a, b = problem
     text = f"{a:0{digits}d}{TASKS[task].symbol}{b:0{digits}d}="
     if slot is None:

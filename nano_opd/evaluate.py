@@ -1,6 +1,6 @@
 """Held-out evaluation: accuracy with its interval, pass@k, exact per-token KL and entropy on sampled prefixes.
 
-A model that is its own teacher is also asked what it leaked.
+Of a model that is its own teacher, also how often it cites a reference that it was not shown, and the information gap.
 """
 
 import math
@@ -28,7 +28,7 @@ def pass_at_k(correct: Tensor, k: int) -> float:
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927); unlike ±z·SE it is never empty, and never leaves [0, 1]."""
+    """95 % interval of a proportion (Wilson 1927); unlike ±z·SE it is never a point, and never leaves [0, 1]."""
     p, z2 = successes / trials, z * z / trials
     center = (p + z2 / 2) / (1 + z2)
     half = z / (1 + z2) * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials))

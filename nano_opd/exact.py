@@ -39,7 +39,7 @@ Estimator = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def enumerate_responses(vocab_size: int, horizon: int, eos: int | None = None) -> tuple[Tensor, Tensor]:
     """Every response: tokens (S, R) int64 and mask (S, R) bool, True up to and including the first EOS.
 
-    eos  the token that ends a response (0 stands behind it); None: all V^R responses have the full length
+    eos  the token that ends a response (0 stands after it); None: all V^R responses have the full length
 
     Raises ValueError for an empty vocabulary or horizon, an EOS outside the vocabulary, or more than a million V^R.
     """
@@ -50,7 +50,7 @@ def enumerate_responses(vocab_size: int, horizon: int, eos: int | None = None) -
     tokens = torch.cartesian_prod(*[torch.arange(vocab_size)] * horizon).reshape(-1, horizon)
     ends = (tokens == eos).long() if eos is not None else torch.zeros_like(tokens)
     mask = ends.cumsum(1) - ends == 0
-    one_of_each = tokens.where(~mask, 0).eq(0).all(1)  # what stands behind the EOS would count a response many times
+    one_of_each = tokens.where(~mask, 0).eq(0).all(1)  # what stands after the EOS would count a response many times
     return tokens[one_of_each], mask[one_of_each]
 
 

@@ -47,8 +47,8 @@ def norm(x: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q kᵀ / √D + mask) v, (B, H, T, D): q (B, H, T, D), k and v (B, H, S, D), mask (T, S) 0 or −∞, causal.
 
-    One function, three ways. Flash attention never builds the (T, S) scores, and is the quickest for many queries. For
-    few, two products are, as baddbmm; and for one query under torch.compile, as a loop over the keys.
+    Three ways, by speed: flash attention for many queries, which never builds the (T, S) scores; two products for few,
+    the first by baddbmm; for one query under torch.compile, products that become a loop over the keys.
     """
     B, H, T, D = q.shape
     if T > 64:
@@ -107,8 +107,8 @@ def logprobs_from(x: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
 class GPT(nn.Module):
     """tokens (B, T) int64 → next-token logits (B, T, V).
 
-    precision  in which matrices are multiplied and keys and values cached: float32 is that of the weights, bfloat16
-               autocasts all but the last product, which makes the logits
+    precision  dtype of matrix products and of the cache: float32 means the dtype of the weights; bfloat16 autocasts
+               every product but the last, which makes the logits
     """
 
     precision = torch.float32

@@ -4,7 +4,7 @@ There are G responses i to one prompt, with rewards R_i ∈ {0, 1}. Every token 
 
     A_i  =  (R_i − mean_group R) / (std_group R + ε)        dr_grpo:  A_i = R_i − mean_group R
 
-Several epochs over one batch of rollouts are kept near the policy p_old that sampled it by a clipped ratio:
+Over several epochs on one batch, a clipped ratio keeps p_θ near the policy p_old that sampled it:
 
     ρ_n  =  p_θ(y_n|s_n) / p_old(y_n|s_n)
     loss =  −(1/B) Σ_i Σ_n min( ρ_n A_i, clip(ρ_n, 1 − clip_low, 1 + clip_high) A_i )
@@ -50,32 +50,26 @@ def zero_fraction(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def clipped_surrogate(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantage: Tensor,
-    mask: Tensor,
-    clip_low: float,
-    clip_high: float,
-    normalize="batch",
+    logp: Tensor, old_logp: Tensor, A: Tensor, mask: Tensor, clip_low: float, clip_high: float, normalize: str = "batch"
 ) -> Tensor:
     """The loss above, a scalar: minus the pessimistic surrogate of PPO, summed over tokens and divided by B.
 
     logp       (B, R) log p_θ(y_n|s_n) in nats, differentiable
     old_logp   (B, R) the same under the policy that sampled the batch
-    advantage  (B,) one number per response, or (B, R) one per token; detached
+    A          (B,) the advantage of each response, or (B, R) of each token; detached
     mask       (B, R) bool
     clip_low, clip_high  a token has no gradient once ρ < 1 − clip_low with A < 0, or ρ > 1 + clip_high with A > 0
     normalize  as in policy_gradient.loss
 
     Raises ValueError if the advantage carries a gradient, for shapes that do not match or a mask that is not bool.
     """
-    require_constant(advantage)
+    require_constant(A)
     require_batch(mask, logp=logp, old_logp=old_logp)
-    require_same_shape(advantage=advantage, logp=logp if advantage.dim() > 1 else logp[:, 0])
-    advantage = advantage.view(len(logp), -1)  # (B, 1) or (B, R)
+    require_same_shape(advantage=A, logp=logp if A.dim() > 1 else logp[:, 0])
+    A = A.view(len(logp), -1)  # (B, 1) or (B, R)
     ratio = _ratio(logp, old_logp, mask)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return reduce(-torch.minimum(ratio * advantage, clipped * advantage), mask, normalize)
+    return reduce(-torch.minimum(ratio * A, clipped * A), mask, normalize)
 
 
 def clip_fraction(logp: Tensor, old_logp: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> Tensor:

@@ -1,10 +1,11 @@
 """The methods: what each makes of a batch of scored responses, and the table of all of them.
 
 train.py samples and scores. A method then says what the advantage A_n of each token is (opd.py, opdplus.py, grpo.py,
-rlsd.py) and turns it into a loss (policy_gradient.py, gkd.py). Nothing else differs from method to method.
+rlsd.py) and turns it into a loss (policy_gradient.py, gkd.py). What else it needs, a teacher or rewards, stands beside
+its function in the table.
 
 A new method is one function here and one entry in METHODS. The options that it reads are the arguments of the function
-behind the first; system/config.py has their types and meanings. `--help` and all checks follow from the table.
+after the first; system/config.py has their types and meanings. `--help` and all checks follow from the table.
 """
 
 import inspect
@@ -43,7 +44,7 @@ def sft_loss(s: Scored) -> Loss:
 
 
 def gkd_loss(s: Scored, divergence) -> Loss:
-    """The divergence over the whole vocabulary at each prefix: no token is sampled, so none needs an advantage."""
+    """The divergence over the whole vocabulary at each prefix. OPSD is the same with a self-teacher (opsd.py)."""
     return gkd.loss(s.student_logits, s.teacher_logits, s.mask, divergences.get(divergence)), {}
 
 
@@ -67,29 +68,14 @@ def grpo_loss(s: Scored, group_size, loss_type, clip_low, clip_high, normalize) 
     return _surrogate(s, A, group_size, clip_low, clip_high, normalize)
 
 
-def opsd_loss(s: Scored, divergence) -> Loss:
-    """GKD whose teacher is the student itself, behind a prompt that also holds a reference."""
-    return gkd_loss(s, divergence)
-
-
 def grpo_opsd_loss(s: Scored, divergence, group_size, loss_type, clip_low, clip_high, normalize) -> Loss:
-    """The sum of the two."""
+    """The sum of GRPO's loss and OPSD's."""
     loss, measured = grpo_loss(s, group_size, loss_type, clip_low, clip_high, normalize)
-    return opsd_loss(s, divergence)[0] + loss, measured
+    return gkd_loss(s, divergence)[0] + loss, measured
 
 
 def rlsd_loss(
-    s: Scored,
-    group_size,
-    loss_type,
-    lam,
-    lam_decay,
-    eps_w,
-    negative_only,
-    reasoning_only,
-    clip_low,
-    clip_high,
-    normalize,
+    s, group_size, loss_type, lam, lam_decay, eps_w, negative_only, reasoning_only, clip_low, clip_high, normalize
 ) -> Loss:
     """GRPO's advantage, and so its direction; the self-teacher decides how much of it each token gets."""
     A = grpo.advantage(s.rewards, group_size, normalize_std=loss_type == "grpo")  # (B,)
@@ -128,7 +114,7 @@ class Method:
 
     @property
     def options(self) -> list[str]:
-        """The options that `loss` reads: its arguments behind the first."""
+        """The options that `loss` reads: its arguments after the first."""
         return list(inspect.signature(self.loss).parameters)[1:]
 
 
@@ -138,7 +124,7 @@ METHODS = {
     "opd": Method(partial(distillation_loss, opd), teacher="larger"),
     "opdplus": Method(partial(distillation_loss, opdplus), teacher="larger"),
     "grpo": Method(grpo_loss, rewards=True),
-    "opsd": Method(opsd_loss, teacher="self", whole_vocabulary=True),
+    "opsd": Method(gkd_loss, teacher="self", whole_vocabulary=True),
     "grpo+opsd": Method(grpo_opsd_loss, teacher="self", rewards=True, whole_vocabulary=True),
     "rlsd": Method(rlsd_loss, teacher="self", rewards=True),
 }

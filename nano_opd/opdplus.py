@@ -35,7 +35,7 @@ def advantage(
     require_batch(mask, log_u=log_u)
     log_u = torch.where(mask, log_u, 0.0).detach()  # drops ∇u: w_f adds u f′(u) ∇log p back
     require_log_ratio(log_u)
-    reward = divergence.stop_gradient(log_u)  # f(1) = 0: nothing behind the EOS
+    reward = divergence.stop_gradient(log_u)  # f(1) = 0: nothing after the EOS
     own = divergence.unbiased(log_u)  # w_f: the same reward, and its gradient through u_n
     A = own + future_return(reward, gamma)
     if baseline is not None:

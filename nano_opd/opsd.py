@@ -9,7 +9,7 @@ Source: arXiv 2601.18734. What differs from the paper: any f-divergence; the tea
 N updates, or live.
 
 What cannot be matched (arXiv 2604.03128): the student does not see r. Under forward KL its best is the mean over r, and
-this much of the loss remains (another divergence has another optimum and another remainder; both are zero in the same
+this much of the loss remains (another divergence has another optimum and another remainder, which is zero in the same
 cases):
 
     I(Y_n; R | X, Y_<n)  =  E_r KL( P_T(·|s, r) ‖ E_r′ P_T(·|s, r′) )
@@ -25,7 +25,7 @@ from torch import Tensor
 
 
 def privileged_view(tokens: Tensor, prompt_length: int, teacher_prompts: Tensor) -> tuple[Tensor, int]:
-    """The same responses behind the teacher's prompts, (B, P′+R), and P′: what the teacher scores.
+    """The same responses after the teacher's prompts, (B, P′+R), and P′: what the teacher scores.
 
     tokens           (B, P+R) the student's prompts and responses, P = prompt_length
     teacher_prompts  (B, P′), with the reference

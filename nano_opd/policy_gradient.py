@@ -40,7 +40,7 @@ def loss(logp: Tensor, advantage: Tensor, mask: Tensor, normalize: str = "batch"
 
 def reduce(terms: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
     """One number from one term per token, (B, R): their sum over B, or a biased mean. ValueError as in `loss`."""
-    terms = torch.where(mask, terms, 0.0)  # where, not ×: 0 · ∞ behind the EOS would be NaN
+    terms = torch.where(mask, terms, 0.0)  # where, not ×: 0 · ∞ after the EOS would be NaN
     if normalize == "batch":
         return terms.sum() / len(terms)
     if normalize == "token_mean":

@@ -80,7 +80,7 @@ def clip_fraction(advantage: Tensor, teacher_logp: Tensor, student_logp: Tensor,
 
 
 def lam_at(step: int, lam: float, decay: int = 0) -> float:
-    """λ of update `step`: it falls linearly to 0 over `decay` updates, and stays as it is where `decay` is 0.
+    """λ of update `step`: it falls linearly to 0 over `decay` updates, or stays where `decay` is 0.
 
     Raises ValueError for a negative number of updates.
     """

@@ -20,9 +20,9 @@ from nano_opd.tokenizer import EOS, PAD, encode
 def solution_tokens(
     problems: list[arithmetic.Problem], device: torch.device | str = "cpu", styles: list[str] | None = None
 ) -> Tensor:
-    """Prompt, worked solution and EOS, (B, P+S) int64, with PAD behind a solution that is shorter than the longest.
+    """Prompt, worked solution and EOS, (B, P+S) int64, with PAD after a solution that is shorter than the longest.
 
-    styles  what stands in each prompt's slot, as in arithmetic.reference, and is answered in kind; None: no slot
+    styles  the reference in each prompt's slot (arithmetic.reference), which the solution follows; None: no slot
     """
     texts = [
         arithmetic.prompt(p, style and arithmetic.reference(p, style)) + arithmetic.solution(p, style)
@@ -38,12 +38,6 @@ def worked_solutions(problems: list[arithmetic.Problem], device: torch.device | 
     tokens, prompt_length = solution_tokens(problems, device), arithmetic.prompt_length(problems[0].digits)
     mask = tokens[:, prompt_length:] != PAD
     return Rollout(tokens, prompt_length, mask, torch.zeros(mask.shape, device=device))
-
-
-def loss(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:
-    """Summed cross-entropy of a solution in nats, averaged over the batch; tokens (B, P+S)."""
-    logp = response_logprobs(model, tokens, prompt_length)
-    return policy_gradient.loss(logp, torch.ones_like(logp), tokens[:, prompt_length:] != PAD)
 
 
 def adamw(model: GPT, lr: float) -> torch.optim.AdamW:
@@ -65,7 +59,10 @@ def train(
     optimizer = adamw(model, lr)
     for first in range(0, len(problems), batch_size):
         optimizer.param_groups[0]["lr"] = lr * (1 - first / len(problems))
+        batch = tokens[first : first + batch_size]
+        logp = response_logprobs(model, batch, prompt_length)
+        loss = policy_gradient.loss(logp, torch.ones_like(logp), batch[:, prompt_length:] != PAD)
         optimizer.zero_grad()
-        loss(model, tokens[first : first + batch_size], prompt_length).backward()
+        loss.backward()
         optimizer.step()
         yield

@@ -193,8 +193,8 @@ DENSE = {
 }
 # The rows of README.md's table, and why a result differs from the published one, as far as the CSVs show it.
 FOUND = {
-    "reverse KL: the correction changes nothing": "The −1 of ln u − 1 changes no mean, but adds variance: 12.3 against 3.2 "
-    "in the enumerated world of notebook 01.",
+    "reverse KL: the correction changes nothing": "The −1 of ln u − 1 changes no mean, but adds variance: 12.3 against "
+    "3.2 in the enumerated world of notebook 01.",
     "forward KL: OPD collapses below its start": "",
     "forward KL: OPD+ rescues it (OPD+ − OPD)": "",
     "JSD: OPD collapses below its start": "",
@@ -203,10 +203,10 @@ FOUND = {
     "at 0.955, so at most 0.045 is left to gain.",
     "gradient norm OPD : OPD+, forward KL: larger": "",
     "OPSD ends below GRPO": "The gap is larger here. With a reference that the problem determines, OPSD ends at 0.794.",
-    "OPSD leaks more than GRPO": "Four of five seeds cite in 0.335 to 0.518 of their answers, one in 0.011. Why that one "
-    "does not is open.",
+    "OPSD leaks more than GRPO": "Four of five seeds cite in 0.335 to 0.518 of their answers, one in 0.011. Why that "
+    "one does not is open.",
     "RLSD ends above GRPO": "With λ = ½ and ε_w = 0.2 the teacher changes a token's advantage by 10 % at most. None of "
-    "twelve other settings, wider clips among them, gains after the correction; nor does the best of them on fresh seeds.",
+    "twelve other settings, wider clips among them, gains after the correction; nor does the best on fresh seeds.",
 }
 
 

@@ -626,18 +626,19 @@ def test_under_the_stop_gradient_one_token_takes_all_but_for_reverse_kl(name):
 
     def descend(advantage):
         z = starts.clone()
-        for _ in range(1500):
+        for _ in range(6000):
             p = z.softmax(-1)
-            paid = p * advantage(q.log() - p.log())
-            z = z + 0.1 * (paid - p * paid.sum(-1, keepdim=True))  # Σ_v p_v A_v ∇log p_v
+            paid = p * advantage(q.log() - z.log_softmax(-1))
+            step = paid - p * paid.sum(-1, keepdim=True)  # Σ_v p_v A_v ∇log p_v
+            z = torch.where(p.amax(-1, keepdim=True) < 0.99, z + 0.3 * step, z)  # beyond, u overflows
         return z.softmax(-1)
 
-    torch.testing.assert_close(descend(d.unbiased), q.expand(25, 3), rtol=0, atol=1e-3)
+    torch.testing.assert_close(descend(d.unbiased), q.expand(25, 3), rtol=0, atol=1e-9)
     ends = descend(d.stop_gradient)
     if name == "reverse_kl":
-        torch.testing.assert_close(ends, q.expand(25, 3), rtol=0, atol=1e-3)
+        torch.testing.assert_close(ends, q.expand(25, 3), rtol=0, atol=1e-9)
     else:
-        assert (ends.amax(-1) > 0.99).all() and (q / ends).amax(-1).min() > 20  # a liked token's u has grown
+        assert (ends.amax(-1) > 0.99).all() and (q / ends).amax(-1).min() > 50  # a liked token's u has grown
 
 
 def test_what_the_readme_says_of_the_variance_of_reverse_kl():

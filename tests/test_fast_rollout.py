@@ -115,8 +115,8 @@ def test_a_state_that_is_used_again_remembers_nothing(model, prompts, monkeypatc
     first = next(seed for seed in range(999) if late(draw(prompts, seed)))  # ends that must not be taken for
     second = next(seed for seed in range(first + 1, 999) if late(draw(others, seed)))  # those of a rollout that goes on
     want = [draw(prompts, first), draw(others, second)]
-    kept = fast_rollout._State.of(model, len(prompts), P, R)
-    monkeypatch.setattr(fast_rollout._State, "of", lambda *sizes: kept)
+    kept = fast_rollout._eager(model, (len(prompts), P, R), False)
+    monkeypatch.setattr(fast_rollout, "_eager", lambda *_: kept)
     for got, expected in zip([draw(prompts, first), draw(others, second)], want):
         for name in ("tokens", "mask", "logp"):
             assert torch.equal(getattr(got, name), getattr(expected, name))

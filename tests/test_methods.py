@@ -124,8 +124,8 @@ def updated(sampling_seed=0, **knobs) -> Scene:
             mask[i] = torch.arange(R) < len(response)
         assert generator.initial_seed() == torch_stream(cfg.seed, "rollout", STEP).initial_seed()
         assert mask.sum(1).min() < mask.sum(1).max()
-        # p_old is the student of the first epoch, scored: what the sampler says of log-probs is not read
-        sampled.append(rollout.Rollout(tokens, prompts.shape[1], mask, torch.full(mask.shape, torch.nan)))
+        # p_old is the student of the first epoch, scored: what the sampler says of log-probs is only checked
+        sampled.append(rollout.Rollout(tokens, prompts.shape[1], mask, torch.full(mask.shape, -9.0)))
         return sampled[-1]
 
     student = Reader(model(cfg, "student", 0))

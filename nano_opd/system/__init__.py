@@ -1,1 +1,1 @@
-"""What makes the algorithm practical. No paper is needed to read it; of the methods it knows their table alone."""
+"""What makes the algorithm practical. No paper is needed to read it; it knows the methods only through their table."""

@@ -52,9 +52,7 @@ class Config:
 
     group_size: int = option(4, "G, responses to each prompt; divides B", low=2, needs=lambda m: m.reference_slot)
     loss_type: str = option("grpo", "A = (R − mean)/(std + ε) of the group, or R − mean", choices=("grpo", "dr_grpo"))
-    epochs: int = option(
-        1, "updates per batch, with ratios ρ to the policy that sampled", low=1, needs=lambda m: m.rewards
-    )
+    epochs: int = option(1, "updates per batch, with ratios ρ to the sampling policy", low=1, needs=lambda m: m.rewards)
     clip_low: float = option(0.2, "ε_low: ρ is clipped below at 1 − ε_low", low=0.0, high=1.0)
     clip_high: float = option(0.28, "ε_high: ρ is clipped above at 1 + ε_high", low=0.0)
     lam: float = option(0.5, "λ, share of the evidence weight in Â_n; 0 is GRPO", low=0.0, high=1.0)
@@ -232,7 +230,9 @@ def parse(arguments: list[str] | None = None) -> Config:
             read_by = f"it is read by {', '.join(readers(fields[name]))}"
             parser.error(f"{_flag(name)} {typed[name]} means nothing with --method {config.method}: {read_by}")
     try:
-        device.require_compiler(config.compile, distributed.own_device(device.resolve(config.device)))
+        where = distributed.own_device(device.resolve(config.device))
     except ValueError as error:
         parser.error(f"--device {error}")
+    if device.compiles(config.compile, where) and not device.has_compiler(where):
+        parser.error("--compile on: needs a C++ compiler, and none is on the path; leave it out")
     return config

@@ -73,12 +73,6 @@ def has_compiler(device: torch.device) -> bool:
     return device.type != "cpu" or shutil.which(os.environ.get("CXX", "c++")) is not None
 
 
-def require_compiler(name: str, device: torch.device) -> None:
-    """Raises ValueError where --compile `name` asks for kernels, and no compiler can make them."""
-    if compiles(name, device) and not has_compiler(device):
-        raise ValueError(f"{device} with --compile on: needs a C++ compiler, and none is on the path; leave it out")
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed, so that the next step reuses it.
 

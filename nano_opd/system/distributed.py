@@ -62,8 +62,9 @@ def group(device: torch.device) -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None):
             yield
     except NumericalFault as fault:
-        if not hasattr(fault, "shared"):  # the others come to `require_finite`, or are here with the same fault
-            first_value(fault)
+        if not hasattr(fault, "shared"):  # the others come to `require_finite`, are here with the same fault,
+            with contextlib.suppress(RuntimeError):  # or have ended
+                first_value(fault)
         raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo's have no type, but name its files
@@ -90,7 +91,7 @@ def require_finite(name: str, values: Tensor) -> None:
     Ranks that find a fault earlier come here too, through `group`. So it stands before whatever waits for all: the
     forward of a replica, which may settle what replicas share, and the backward, which adds up their gradients.
     """
-    fault, likely = None, "teacher and student differ so much on some token that its reward overflows: lower --lr"
+    fault, likely = None, "--lr is too high, or some token's reward overflows, so different are teacher and student"
     try:
         checks.require_finite(name, values, likely)
     except NumericalFault as error:

@@ -1,10 +1,10 @@
 """The sampler of rollout.py made fast: the same tokens in fewer launches.
 
-    CPU         rollout.sample itself, or with --compile on several tokens as one graph of torch.compile
+    CPU         rollout.sample itself, or, with --compile on, several tokens as one graph of torch.compile
     CUDA GPU    several tokens as one captured CUDA graph, replayed
 
-`sampler` chooses. Both ways draw TOKENS_AT_ONCE tokens in one piece, and look for the end of all responses only between
-two pieces. What a response says behind its EOS is dropped at the end.
+`sampler` chooses. Both fast ways draw TOKENS_AT_ONCE tokens in one piece, and look for the end of all responses only
+between two pieces. What a response says after its EOS is dropped.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nano_opd import rollout
-from nano_opd.gpt import GPT
+from nano_opd.gpt import GPT, Cache
 from nano_opd.rollout import Rollout, choose, require_sizes
 from nano_opd.system.checks import require_finite
 from nano_opd.system.device import any_order, compiles
@@ -39,12 +39,7 @@ def sampler(device: torch.device, compile: str = "off") -> Callable[..., Rollout
 
 @torch.no_grad()
 def sample(
-    model: GPT,
-    prompts: Tensor,
-    max_new_tokens: int,
-    generator: torch.Generator | None = None,
-    greedy: bool = False,
-    new: Callable | None = None,
+    model: GPT, prompts: Tensor, max_new_tokens: int, generator=None, greedy: bool = False, new: Callable | None = None
 ) -> Rollout:
     """rollout.sample in pieces of TOKENS_AT_ONCE tokens; `new` makes the state and the function that extends it."""
     (B, P), R = require_sizes(prompts, max_new_tokens), max_new_tokens
@@ -71,13 +66,7 @@ class _State(NamedTuple):
     tokens: Tensor  # (B, P+R)
     logp: Tensor  # (B, R)
     uniform: Tensor  # (R, B, 1), drawn in advance
-    cache: list[tuple[Tensor, Tensor]]
-
-    @classmethod
-    def of(cls, model: GPT, B: int, P: int, R: int) -> "_State":
-        """Room for R tokens after prompts (B, P)."""
-        new = partial(torch.zeros, device=model.device)
-        return cls(new(B, P + R, dtype=torch.int64), new(B, R), new(R, B, 1), model.new_cache(B, P + R))
+    cache: Cache
 
 
 def _extend(model: GPT, state: _State, P: int, greedy: bool, compiled: bool, first: int) -> None:
@@ -95,7 +84,7 @@ def _extend(model: GPT, state: _State, P: int, greedy: bool, compiled: bool, fir
     state.tokens[:, start:end], state.logp[:, first:last] = drawn
 
 
-def _prefill(model: GPT, prompts: Tensor, cache: list[tuple[Tensor, Tensor]]) -> None:
+def _prefill(model: GPT, prompts: Tensor, cache: Cache) -> None:
     """Keys and values of the prompts, and no logits."""
     model(prompts, cache, logits_from=prompts.shape[1])
 
@@ -113,7 +102,7 @@ def _draw(model: GPT, token: Tensor, cache: list, at: list, uniform: Tensor, gre
 
 @lru_cache
 def _compiled(function: Callable) -> Callable:
-    """One C++ loop, not several operators, between two matrix products, and no Python within TOKENS_AT_ONCE tokens."""
+    """One C++ loop in the place of the operators between two products, and no Python within TOKENS_AT_ONCE tokens."""
     options = {
         "cpp_wrapper": True,
         "memory_planning": True,
@@ -123,9 +112,10 @@ def _compiled(function: Callable) -> Callable:
 
 
 def _eager(model: GPT, sizes: tuple[int, int, int], greedy: bool, compiled: bool = False) -> tuple[_State, Callable]:
-    """A state for one rollout, and `_extend` on it."""
-    state = _State.of(model, *sizes)
-    return state, partial(_extend, model, state, sizes[1], greedy, compiled)
+    """A state with room for R tokens after prompts (B, P), sizes = (B, P, R), and `_extend` on it."""
+    (B, P, R), new = sizes, partial(torch.zeros, device=model.device)
+    state = _State(new(B, P + R, dtype=torch.int64), new(B, R), new(R, B, 1), model.new_cache(B, P + R))
+    return state, partial(_extend, model, state, P, greedy, compiled)
 
 
 _graphs: WeakKeyDictionary = WeakKeyDictionary()  # model → {what is captured: (state, CUDA graph of each `first`)}
