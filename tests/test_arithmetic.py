@@ -1,5 +1,7 @@
 """Worked solutions and the verifier against Python's own arithmetic; the split."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -173,3 +175,11 @@ def test_any_text_can_be_verified_and_explained(task, digits, data):
     assert arithmetic.verify(problem, text) == right
     explanation = arithmetic.first_broken_step(problem, text)
     assert (explanation is None) == (text == arithmetic.solution(problem))
+
+
+def test_every_task_has_its_own_split(rng):
+    """Or the same operands would be held out of all tasks of a mix."""
+    a, b = rng.integers(1000, size=(2, 5000))
+    sides = {task: arithmetic.is_held_out(task, a, b) for task in arithmetic.TASKS}
+    for one, other in itertools.combinations(sides.values(), 2):
+        assert (one & other).sum() < 0.3 * one.sum()

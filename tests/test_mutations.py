@@ -197,7 +197,7 @@ MUTATIONS = {
         ("prompt_length, teacher_prompts)", "prompt_length, prompts)", "methods: self_teacher"),
         ('cfg.grad_clip or float("inf")', 'float("inf")', "methods: shortened"),
         ("4 * cfg.eval_size, held_out=True", "4 * cfg.eval_size", "methods: held_out"),
-        ('"rollout", step, device)', '"rollout", 0, device)', "train: other_answers"),
+        ('"rollout", step, device)', '"rollout", 0, device)', "train: other_problems"),
         (
             "replicate(compiled(cfg.compile, student))",
             "replicate(compiled(cfg.compile, teacher))",

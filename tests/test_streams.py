@@ -52,6 +52,8 @@ def test_a_batch_is_drawn_anew_for_each_update_and_shared_out_among_the_ranks(me
         assert decode(other) in [arithmetic.prompt(problem, slot) for slot in allowed]
     assert draw_batch(cfg, 5, device)[0] == problems != draw_batch(cfg, 6, device)[0]
     assert torch.equal(draw_batch(cfg, 5, device)[2], teacher_prompts)
+    cited = [tuple("@" in decode(row) for row in draw_batch(cfg, step, device)[2]) for step in range(6)]
+    assert len(set(cited)) > (1 if method == "rlsd" else 0)  # references too are drawn anew
     monkeypatch.setenv("WORLD_SIZE", "3")
     shares = []
     for rank in (0, 1, 2):

@@ -94,6 +94,20 @@ def test_the_learning_rate_rises_for_a_tenth_of_the_updates_and_falls_to_zero(tm
     assert rates == pytest.approx([0.0015] + [0.003 * (1 - n / 20) for n in range(1, 20)])
 
 
+def test_other_problems_get_other_answers_at_every_update(tmp_path, monkeypatch):
+    states = []
+
+    def noted(seed, purpose, step=0, device="cpu", stream=train.torch_stream):
+        generator = stream(seed, purpose, step, device)
+        if purpose == "rollout":
+            states.append(tuple(generator.get_state().tolist()))
+        return generator
+
+    monkeypatch.setattr(train, "torch_stream", noted)
+    run(tmp_path)
+    assert len(set(states)) == len(states) == 12
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
     assert same(finished, run(tmp_path))
     assert not same(finished, run(tmp_path, "--seed", "1"))
