@@ -23,7 +23,7 @@ from nano_opd.system.config import Config, parse
 from nano_opd.system.device import compiled, precision
 from nano_opd.system.distributed import replicate, require_finite
 from nano_opd.system.fast_rollout import sampler
-from nano_opd.system.report import report
+from nano_opd.system.report import report, warn_of_a_weak_teacher
 from nano_opd.system.streams import draw_batch, draw_problems, numpy_stream, torch_stream
 
 
@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     with runs.start(parse(arguments)) as run:
         student = run.cached("student", warm_start)
         teacher = copy.deepcopy(student) if run.cfg.reference_slot else run.cached("teacher", warm_start)
+        warn_of_a_weak_teacher(run, teacher)
         train(run, student, teacher.requires_grad_(False))
         report(run, student, teacher)
 

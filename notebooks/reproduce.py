@@ -47,7 +47,6 @@ class Experiment:
 
 
 EVALUATION = "--eval-every 25 --eval-size 250"
-PRIVILEGED = f"--steps 400 --batch-size 64 --student-steps 210 --lr 4e-4 {EVALUATION}"
 UPDATE_COLUMNS = ("loss", "grad_norm", "clip_fraction", "reward", "zero_groups", "weight_clip_fraction")
 QUICK = "--steps 4 --eval-every 1 --batch-size 8 --teacher-steps 5 --student-steps 5 --eval-size 20 --digits 1"
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "pearson_chi2", "neyman_chi2", "hellinger", "tv", "k3")
@@ -95,12 +94,12 @@ EXPERIMENTS = {
     ),
     "baselines": Experiment(  # with the rollouts of opd; GRPO has its slot prompt, and a start that solves something
         EVALUATION,
-        {"sft": "--method sft", "grpo, 400 × 128": "--method grpo --student-steps 210 --lr 4e-4"},
+        {"sft": "--method sft", "grpo, 400 × 128": "--method grpo --batch-size 128"},
         seeds=5,
         seconds=53,
     ),
     "rlsd": Experiment(
-        PRIVILEGED,
+        EVALUATION,
         {
             "grpo": "--method grpo",
             "opsd": "--method opsd",
@@ -112,26 +111,26 @@ EXPERIMENTS = {
         seconds=62,
     ),
     "rlsd_clip": Experiment(
-        PRIVILEGED,
+        EVALUATION,
         {f"λ=1, ε_w={eps}": f"--method rlsd --lam 1 --eps-w {eps}" for eps in ("0.2", "1", "10")},
         seeds=5,
         seconds=59,
     ),
     "rlsd_work": Experiment(
-        PRIVILEGED + " --reference work",
+        EVALUATION + " --reference work",
         {"opsd, work": "--method opsd", "λ=1, ε_w=10, work": "--method rlsd --lam 1 --eps-w 10"},
         seeds=5,
         seconds=57,
     ),
     "rlsd_search": Experiment(
-        PRIVILEGED,
+        EVALUATION,
         {f"{m}, {name}": f"--method {m} {flags}" for name, flags in BOTH.items() for m in ("grpo", "rlsd")}
         | {f"rlsd, {name}": f"--method rlsd {flags}" for name, flags in RLSD_ONLY.items()},
         seeds=3,
         seconds=60,
     ),
     "rlsd_confirm": Experiment(  # what the search found most, on seeds that had no part in finding it
-        PRIVILEGED,
+        EVALUATION,
         {"grpo, fresh seeds": "--method grpo", "rlsd, sync 50, fresh seeds": "--method rlsd --teacher-sync 50"},
         seeds=8,
         seconds=55,

@@ -385,7 +385,9 @@ def test_a_loss_gets_the_options_that_it_takes_as_they_were_given(name, monkeypa
     monkeypatch.setattr(sys.modules[__name__], "RIGHT", (0, 3, 9))
     updated(method=name, **given)
     ((scored, options),) = calls
-    defaults = {option: getattr(config.Config(), option) for option in taken(method)}  # each is one of config's
+    defaults = {
+        option: getattr(config.Config(method=name), option) for option in taken(method)
+    }  # each is one of config's
     assert options == defaults | given and scored.step == STEP
 
 
@@ -397,7 +399,7 @@ def test_the_command_line_refuses_what_the_method_does_not_read(name, capsys):
     has = {"self": method.teacher == "self", "rewards": method.rewards, "slot": method.reference_slot}
     for field in dataclasses.fields(config.Config):
         flag = "--" + field.name.replace("_", "-")
-        typed = [flag] if field.type is bool else [flag, name if field.name == "method" else str(field.default)]
+        typed = [flag] if field.type is bool else [flag, str(getattr(config.Config(method=name), field.name))]
         if field.name in needs:
             reads = has[needs[field.name]]
         else:

@@ -56,6 +56,16 @@ def same(first, second):
     return all(torch.equal(a[name], b[name]) for name in a) and metrics(first) == metrics(second)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_brings_its_own_recipe_and_a_flag_wins(method):
+    cfg = config.parse(["--method", method])
+    careful = METHODS[method].reference_slot
+    assert (cfg.lr, cfg.batch_size, cfg.student_steps) == ((4e-4, 64, 210) if careful else (5e-3, 128, 110))
+    given = config.parse(["--method", method, "--lr", "0.001", "--batch-size", "32", "--student-steps", "7"])
+    assert (given.lr, given.batch_size, given.student_steps, given.steps) == (0.001, 32, 7, 400)
+    assert cfg == config.Config(method=method)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One undisturbed run."""
@@ -77,6 +87,17 @@ def test_a_run_leaves_its_four_files(finished):
     )
     assert set(named.split()) <= set(rows[0])
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("right,method", [(0.0, "opdplus"), (1.0, "opdplus"), (0.0, "grpo")])
+def test_a_teacher_that_is_often_wrong_is_named_at_the_start(right, method, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "rewards", lambda problems, rollout: torch.full((len(problems),), right))
+    run(tmp_path, "--method", method, "--steps", "1")
+    said = capsys.readouterr().out
+    warning = "the teacher is right only 0.00 of the time: raise --teacher-steps\n"
+    assert said.count(warning) == (right < 0.9 and method == "opdplus") and said.index("step     0") >= said.find(
+        warning
+    )
 
 
 def test_the_learning_rate_rises_for_a_tenth_of_the_updates_and_falls_to_zero(tmp_path):
@@ -366,6 +387,27 @@ def test_a_compiled_run_is_the_same_up_to_rounding_and_to_the_bit_each_time(tmp_
 
 def snapshot(folder):
     return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_finished_run_goes_on_to_more_steps_and_never_back(finished, capsys, tmp_path):
+    """The learning rate is that of the longer run from there on; what does not change the numbers may change."""
+    run_dir = Path(shutil.copytree(finished.parent, tmp_path / "out")) / finished.name
+    rates, before = [], snapshot(run_dir)
+    assert "has made 12 updates: give --steps as many or more" in refused(
+        capsys, *TINY, "--out-dir", str(run_dir.parent), "--resume", "--steps", "11"
+    )
+    assert snapshot(run_dir) == before
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        run(run_dir.parent, "--resume", "--steps", "20", "--eval-every", "4")
+    finally:
+        hook.remove()
+    assert rates == pytest.approx([0.005 * (1 - step / 20) for step in range(12, 20)])
+    rows = metrics(run_dir)
+    assert rows[:12] == metrics(finished)[:12] and [int(r["step"]) for r in rows] == list(range(21))
+    assert [r["step"] for r in rows[12:] if r["accuracy"]] == ["12", "16", "20"]
+    saved = json.loads((run_dir / "config.json").read_text())
+    assert saved["steps"] == 20 and saved["eval_every"] == 4
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(finished, capsys, tmp_path):

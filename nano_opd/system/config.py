@@ -28,6 +28,7 @@ def option(default, help, *, choices=None, low=None, high=None, needs: Callable[
     return dataclasses.field(default=default, metadata=meta)
 
 
+RECIPE = {"steps": 400, "batch_size": 128, "lr": 5e-3, "student_steps": 110}  # where the method has none of its own
 SELF_TAUGHT = {"needs": lambda method: method.teacher == "self"}
 GENERATORS = ", ".join(divergences.DIVERGENCES) + ", alpha=<float>"
 
@@ -73,9 +74,9 @@ class Config:
     digits: int = option(3, "digits of each operand", low=1, high=arithmetic.MAX_DIGITS)
     seed: int = option(0, "seed of every random stream", low=0)
 
-    steps: int = option(400, "updates of the student", low=1)
-    batch_size: int = option(128, "B, responses per update", low=1)
-    lr: float = option(5e-3, "AdamW learning rate: rises for a tenth of the updates, then falls to 0", low=0.0)
+    steps: int = option(None, "updates of the student", low=1)
+    batch_size: int = option(None, "B, responses per update", low=1)
+    lr: float = option(None, "AdamW learning rate: rises for a tenth of the updates, then falls to 0", low=0.0)
     grad_clip: float = option(0.0, "largest gradient norm; 0 is off", low=0.0)
     eval_every: int = option(50, "updates between evaluations and checkpoints", low=1)
     eval_size: int = option(500, "held-out problems per evaluation; four times as many at the start and the end", low=1)
@@ -85,7 +86,7 @@ class Config:
     teacher_steps: int = option(400, "teacher: supervised updates", low=0)
     student_layers: int = option(2, "student: transformer blocks", low=1)
     student_width: int = option(64, "student: channels", low=8)
-    student_steps: int = option(110, "student: supervised updates of its warm start", low=0)
+    student_steps: int = option(None, "student: supervised updates of its warm start", low=0)
     sft_batch_size: int = option(64, "worked solutions per supervised update of the warm starts", low=1)
     sft_lr: float = option(1e-2, "learning rate of the warm starts, falling to 0", low=0.0)
 
@@ -97,10 +98,13 @@ class Config:
         "auto", "torch.compile, to score and update on a GPU; on: to sample on a CPU too", choices=("auto", "on", "off")
     )
     out_dir: str = option("out", "folder of all runs and of the cached warm starts")
-    resume: bool = option(False, "continue this run from its last checkpoint")
+    resume: bool = option(False, "continue this run from its last checkpoint, to more --steps if you like")
 
     def __post_init__(self):
-        """Raises ValueError, one sentence naming the flag, the value and what is allowed."""
+        """What was not given is the method's recipe. Raises ValueError: the flag, the value and what is allowed."""
+        recipe = RECIPE | (METHODS[self.method].recipe if self.method in METHODS else {})
+        for name in [name for name in recipe if getattr(self, name) is None]:
+            object.__setattr__(self, name, recipe[name])
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             choices, low, high = (field.metadata[key] for key in ("choices", "low", "high"))
@@ -169,9 +173,10 @@ class Config:
         own = {"who": who, "gpt": dataclasses.asdict(self.gpt(who)), "steps": getattr(self, f"{who}_steps")}
         return own | {name: getattr(self, name) for name in shared}
 
-    def run_key(self) -> dict:
-        """Everything that determines a run."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out_dir", "resume")}
+    def run_key(self, resumed: bool = False) -> dict:
+        """Everything that determines a run, or what a run has to keep when it is resumed."""
+        left_out = ["out_dir", "resume", *(["steps", "eval_every", "device", "compile"] if resumed else [])]
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
 
     @property
     def run_dir(self) -> Path:
@@ -218,7 +223,10 @@ def parse(arguments: list[str] | None = None) -> Config:
         if field.metadata["choices"]:
             kind = {"type": str, "metavar": "{" + ",".join(field.metadata["choices"]) + "}"}
         only = "" if readers(field) == list(METHODS) else f" [{', '.join(readers(field))}]"
-        default = "" if field.type is bool else f" (default: {field.default})"
+        own = [f"{m} {method.recipe[name]}" for m, method in METHODS.items() if name in method.recipe]
+        default = (
+            f" (default: {'; '.join([str(RECIPE.get(name, field.default)), *own])})" if field.type is not bool else ""
+        )
         parser.add_argument(_flag(name), help=field.metadata["help"].replace("%", "%%") + only + default, **kind)
     typed = vars(parser.parse_args(arguments))
     try:

@@ -17,6 +17,18 @@ from nano_opd.system.streams import draw_problems, torch_stream
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe–Ito: colour-blind readers can tell them apart
 
 
+def warn_of_a_weak_teacher(run: Run, teacher: GPT) -> None:
+    """One line if a larger teacher answers less than nine in ten held-out problems: no student gets far beyond it."""
+    if run.cfg.reference_slot:
+        return
+    problems = draw_problems(run.cfg, "teacher check", 500, held_out=True)
+    generator = torch_stream(run.cfg.seed, "teacher check", device=run.device)
+    answers = sampler(run.device)(teacher, prompts_of(problems, run.device), run.cfg.response_cap, generator)
+    right = rewards(problems, answers).mean().item()
+    if right < 0.9:
+        print(f"the teacher is right only {right:.2f} of the time: raise --teacher-steps", flush=True)
+
+
 def report(run: Run, student: GPT, teacher: GPT) -> None:
     """Draw curves.png and print what the run did; rank 0 does.
 

@@ -98,9 +98,15 @@ class Run:
         self.parts, self.started, first = parts, time.monotonic(), 0
         path = self.cfg.run_dir / "checkpoint.pt"
         if path.exists():
-            state = checkpoint.load(path, self.cfg.run_key(), self.device)
+            state = checkpoint.load(path, self.cfg.run_key(resumed=True), self.device)
+            if state["step"] > self.cfg.steps:
+                raise RunFolderError(
+                    f"{self.cfg.run_dir} has made {state['step']} updates: give --steps as many or more"
+                )
             for name, part in parts.items():
                 part.load_state_dict(state[name])
+            if distributed.rank() == 0:
+                write_config(self.cfg)  # --steps and the like may have changed
             first, self.started = state["step"], self.started - state["seconds"]
             self.rows = state["rows"][:first]  # the row of the step itself is measured again
         with self._bar(self.cfg.run_dir.name, self.cfg.steps) as self.bar:
@@ -197,7 +203,7 @@ def claim(cfg: Config) -> Iterator[None]:
             saved = dict(json.loads(path.read_text()))
         except ValueError:
             raise RunFolderError(f"{path} is not a run's configuration: give another --out-dir") from None
-        if different := checkpoint.differences(saved, cfg.run_key()):
+        if different := checkpoint.differences(saved, cfg.run_key(resumed=True)):
             raise RunFolderError(f"{cfg.run_dir} holds another run ({different}): give another --out-dir")
         if not cfg.resume:
             raise RunFolderError(
@@ -211,9 +217,14 @@ def claim(cfg: Config) -> Iterator[None]:
         for litter in cfg.run_dir.glob(".*.tmp"):  # a process that was killed while it wrote
             litter.unlink()
         if not path.exists():
-            text = json.dumps(dataclasses.asdict(cfg), indent=2)
-            checkpoint.write_atomically(path, lambda file: file.write(text.encode()))
+            write_config(cfg)
         yield
+
+
+def write_config(cfg: Config) -> None:
+    """config.json, the options of this run."""
+    text = json.dumps(dataclasses.asdict(cfg), indent=2)
+    checkpoint.write_atomically(cfg.run_dir / "config.json", lambda file: file.write(text.encode()))
 
 
 @contextlib.contextmanager
