@@ -190,7 +190,7 @@ MUTATIONS = {
         ("rlsd.lam_at(s.step, lam, lam_decay)", "lam", "methods: rewarded"),
         ("if reasoning_only else None", "if False else None", "methods: rewarded"),
         ("eps_w, negative_only, span)", "eps_w, False, span)", "methods: rewarded"),
-        ("opsd_loss(s, divergence)[0] + loss", "opsd_loss(s, divergence)[0] - loss", "methods: distillation"),
+        ("gkd_loss(s, divergence)[0] + loss", "gkd_loss(s, divergence)[0] - loss", "methods: distillation"),
     ],
     "../train.py": [
         ("if epoch == 0:", "if True:", "methods: rewarded"),
