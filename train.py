@@ -78,14 +78,12 @@ def train(run: runs.Run, student: GPT, teacher: GPT) -> None:
     parts = {"student": student, "optimizer": optimizer} | ({"self_teacher": teacher} if cfg.reference_slot else {})
 
     for step in run.steps(parts):
+        if step == 0:
+            warn_of_a_weak_teacher(run, teacher)
         if run.is_due():
             problems = held_out if step in (0, cfg.steps) else held_out[: cfg.eval_size]
-            generator = torch_stream(cfg.seed, "evaluation", step, run.device)
-            run.log_evaluation(
-                evaluate(
-                    student, teacher, problems, cfg.response_cap, generator, cfg.reference_slot, sampler(run.device)
-                )
-            )
+            options = torch_stream(cfg.seed, "evaluation", step, run.device), cfg.reference_slot, sampler(run.device)
+            run.log_evaluation(evaluate(student, teacher, problems, cfg.response_cap, *options))
         if step < cfg.steps:
             if cfg.teacher_sync and step % cfg.teacher_sync == 0:
                 teacher.load_state_dict(student.state_dict())
@@ -112,7 +110,6 @@ def main(arguments: list[str] | None = None) -> None:
     with runs.start(parse(arguments)) as run:
         student = run.cached("student", warm_start)
         teacher = copy.deepcopy(student) if run.cfg.reference_slot else run.cached("teacher", warm_start)
-        warn_of_a_weak_teacher(run, teacher)
         train(run, student, teacher.requires_grad_(False))
         report(run, student, teacher)
 

@@ -193,9 +193,9 @@ def moments(world: World, estimator: Estimator, batch_size: int = 1, probability
     probability = world.probability() if probability is None else probability
     index = torch.cartesian_prod(*[torch.arange(len(world.tokens))] * batch_size).reshape(-1, batch_size)
     mean, second = torch.zeros_like(world.theta), 0.0
-    for some in index.split(256):
-        weight = probability[some].prod(1)
-        g = estimates(world, estimator, some)
+    for batch in index.split(256):
+        weight = probability[batch].prod(1)
+        g = estimates(world, estimator, batch)
         mean = mean + torch.tensordot(weight, g, 1)
         second = second + weight @ g.flatten(1).square().sum(1)
     return Moments(mean, second - mean.square().sum())

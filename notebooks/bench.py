@@ -48,22 +48,26 @@ def phases(student: GPT, teacher: GPT, B: int, P: int, R: int, dtype=torch.float
     """The student's rollout, score and update, and the step, which is train.py's `update` with the default options."""
     student.precision = teacher.precision = dtype
     cfg, optimizer = Config(), sft.adamw(student, 0.0)  # lr 0: no update changes the next
-    sample, scorer, judge = sampler(student.device, compile), compiled(compile, student), compiled(compile, teacher)
+    sample, scored_student, scored_teacher = (
+        sampler(student.device, compile),
+        compiled(compile, student),
+        compiled(compile, teacher),
+    )
     prompts = torch.randint(VOCAB_SIZE, (B, P), device=student.device)
     rollout = lambda: sample(student, prompts, R)
     logp_of = lambda model, y: score(model, y.tokens, P)[0]
     given, constant = rollout(), torch.no_grad()(logp_of)
 
     def update(y: Rollout, teacher_logp: torch.Tensor) -> None:
-        logp = logp_of(scorer, y)
+        logp = logp_of(scored_student, y)
         scored = Scored(y.responses, y.mask, logp, logp.detach(), teacher_logp)
         optimizer.zero_grad()
         METHODS[cfg.method].loss(scored, **cfg.options_of_method)[0].backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), float("inf"))  # train.py logs the norm
         optimizer.step()
 
-    step = lambda: update(y := rollout(), constant(judge, y))
-    of_given = {"score": lambda: constant(scorer, given), "update": lambda: update(given, given.logp)}
+    step = lambda: update(y := rollout(), constant(scored_teacher, y))
+    of_given = {"score": lambda: constant(scored_student, given), "update": lambda: update(given, given.logp)}
     return {"rollout": rollout, **of_given, "step": step}
 
 

@@ -233,7 +233,7 @@ def table(head: str, rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def judge(claims: list[Claim], results: Results) -> list[list[str]]:
+def tested(claims: list[Claim], results: Results) -> list[list[str]]:
     """Of each claim: here [95 %], p, seeds, verdict; p is corrected for the number of claims that have a result."""
     differences = [claim.differences(results) for claim in claims]
     tested = [i for i, d in enumerate(differences) if len(d) > 1 and all(map(math.isfinite, d))]
@@ -250,15 +250,15 @@ def judge(claims: list[Claim], results: Results) -> list[list[str]]:
 
 def claims_table(claims: list[Claim], results: Results) -> str:
     """One row per claim."""
-    rows = [[c.text, c.published, *cells, c.experiments()] for c, cells in zip(claims, judge(claims, results))]
+    rows = [[c.text, c.published, *cells, c.experiments()] for c, cells in zip(claims, tested(claims, results))]
     return table("claim | published | here [95 %] | p | seeds | verdict | experiment", rows)
 
 
 def found_table(results: Results) -> str:
-    """The claims of FOUND, each judged among all the claims of its own table."""
+    """The claims of FOUND, each tested among all the claims of its own table."""
     found = {}
     for claims in CLAIMS.values():
-        for claim, (size, _, _, verdict) in zip(claims, judge(claims, results)):
+        for claim, (size, _, _, verdict) in zip(claims, tested(claims, results)):
             found[claim.text] = [claim.text, claim.published, f"{size} {verdict}"]
     rows = [[*found[text], why] for text, why in FOUND.items()]
     return table("what the paper says | published | here [95 %] | why, if it differs", rows)
@@ -341,13 +341,13 @@ def draw(folder: Path) -> dict[str, Figure]:
     pairs = {"reverse KL": REVERSE, "forward KL": FORWARD, "Jensen–Shannon": JSD}
     panels = {name: there(dict(zip(("OPD", "OPD+"), arms))) for name, arms in pairs.items()}
     arms = there({arm: arm for arm in reproduce.EXPERIMENTS["rlsd"].arms})
-    some = lambda *names: {arm: seeds if arm in names else [] for arm, seeds in arms.items()}
-    close = {arm: minus(seeds, arms["grpo"]) for arm, seeds in some("grpo+opsd", "rlsd", "rlsd, shuffled").items()}
+    only = lambda *names: {arm: seeds if arm in names else [] for arm, seeds in arms.items()}
+    close = {arm: minus(seeds, arms["grpo"]) for arm, seeds in only("grpo+opsd", "rlsd", "rlsd, shuffled").items()}
     return {
         "collapse.png": figures.seed_panels(panels, "accuracy", "held-out accuracy"),
         "dense.png": figures.seed_panels({"": there(DENSE)}, "accuracy", "held-out accuracy", "rollouts"),
         "rlsd.png": figures.seed_panels(
-            {"held-out accuracy": some("grpo", "opsd"), "the same minus GRPO's": close, "answers that cite": arms},
+            {"held-out accuracy": only("grpo", "opsd"), "the same minus GRPO's": close, "answers that cite": arms},
             ["accuracy", "difference", "leak_rate"],
             ["fraction", "", ""],
         ),
@@ -376,8 +376,8 @@ def pages(folder: Path) -> dict[Path, str]:
     """Each README that tables stand in, and its text with the tables of these results."""
     filled: dict[Path, dict[str, str]] = {}
     for name, text in tables(folder).items():
-        place = {"found": ROOT, "speed": ROOT / "nano_opd" / "system"}.get(name.split()[0], ROOT / "notebooks")
-        filled.setdefault(place / "README.md", {})[name] = text
+        folder_of = {"found": ROOT, "speed": ROOT / "nano_opd" / "system"}.get(name.split()[0], ROOT / "notebooks")
+        filled.setdefault(folder_of / "README.md", {})[name] = text
     return {path: fill(path.read_text(), texts) for path, texts in filled.items()}
 
 

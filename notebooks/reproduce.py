@@ -195,14 +195,14 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
     """train.py in a process that stays for the next run, and a note of how it was made; its seconds and last words.
 
     Ending in a number that is not finite (exit code 1) is a result like any other: the rows end early.
-    Raises RuntimeError with what train.py said when it ends in anything else but success.
+    Raises RuntimeError with what train.py stderr when it ends in anything else but success.
     """
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     import train
 
-    started, said = time.monotonic(), io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+    started, stderr = time.monotonic(), io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
         try:
             train.main(run.arguments)
         except SystemExit as end:
@@ -210,7 +210,7 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
                 os._exit(end.code)
             if end.code != 1:
                 command = " ".join(["python train.py", *run.arguments])
-                raise RuntimeError(f"{command}\n{said.getvalue()}") from None
+                raise RuntimeError(f"{command}\n{stderr.getvalue()}") from None
     note = {
         "commit": commit,
         "date": date.today().isoformat(),
@@ -221,7 +221,7 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
         "threads": str(torch.get_num_threads()),
     }
     (run.cfg.run_dir / "provenance.json").write_text(json.dumps(note, indent=2))
-    return time.monotonic() - started, " ".join(said.getvalue().splitlines()[-1:])
+    return time.monotonic() - started, " ".join(stderr.getvalue().splitlines()[-1:])
 
 
 def commit() -> str:
@@ -260,12 +260,12 @@ def main() -> None:
         futures = {pool.submit(execute, run, now): run for run in missing}
         try:
             for done, future in enumerate(as_completed(futures), 1):
-                run, (seconds, said) = futures[future], future.result()
+                run, (seconds, stderr) = futures[future], future.result()
                 foreseen, spent = foreseen + EXPERIMENTS[run.experiment].seconds, spent + seconds
                 eta = (expected - foreseen) * spent / foreseen / args.jobs  # as much slower as the runs were so far
                 print(
                     f"{done}/{len(missing)}  {run.experiment}: {run.arm}, seed {run.seed}  {seconds:.0f} s  "
-                    f"elapsed {(time.monotonic() - started) / 60:.1f} min, ETA {eta / 60:.1f} min  {said}",
+                    f"elapsed {(time.monotonic() - started) / 60:.1f} min, ETA {eta / 60:.1f} min  {stderr}",
                     flush=True,
                 )
                 left[run.experiment] -= 1

@@ -13,7 +13,7 @@ import pytest
 import reproduce
 from PIL import Image
 
-from nano_opd.system import runs
+from nano_opd.system import config, runs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "notebooks" / "results"
@@ -147,12 +147,12 @@ def test_a_verdict_says_where_only_the_correction_decides():
 
 def test_two_accuracies_near_0_say_nothing():
     results = {"a": seeds(0.018, 0.001, 0.003), "b": seeds(0.0, 0.0, 0.001), "c": seeds(0.3, 0.32, 0.31)}
-    verdicts = lambda *made: [judged[-1] for judged in claims.judge(list(made), results)]
+    verdicts = lambda *made: [row[-1] for row in claims.tested(list(made), results)]
     nothing = "**says nothing: both are near 0**"
     assert verdicts(*(claims.Claim("", "a", "b", expected) for expected in (-1, 0, +1))) == [nothing] * 3
     assert verdicts(claims.Claim("", "c", "b", +1)) == ["**seen**"]
     leaks = {arm: seeds(0.018, 0.001, 0.003, column="leak_rate") for arm in "ab"}
-    assert claims.judge([claims.Claim("", "a", "b", +1, "", "leak_rate")], leaks)[0][-1] == "**not seen here**"
+    assert claims.tested([claims.Claim("", "a", "b", +1, "", "leak_rate")], leaks)[0][-1] == "**not seen here**"
 
 
 def test_p_values_are_corrected_for_the_claims_that_were_run():
@@ -185,7 +185,7 @@ def test_the_reasons_in_the_short_table_are_in_the_csvs():
     assert f"OPSD ends at {mean_end('opsd, work')}" in why[7]
     low, *most = sorted(end("opsd", "leak_rate"))
     assert len(most) == 4 and f"in {most[0]} to {most[-1]} of their answers, one in {low}" in why[8]
-    search, confirm = (claims.judge(claims.CLAIMS[name], results) for name in ("search", "confirm"))
+    search, confirm = (claims.tested(claims.CLAIMS[name], results) for name in ("search", "confirm"))
     assert len(search) == 12 and all(row[-1].startswith("**not seen here") for row in search + confirm)
     assert claims.CLAIMS["confirm"][0].first.startswith("rlsd, sync 50")
     gains = {c.text: statistics.mean(c.differences(results)) for c in claims.CLAIMS["search"]}
@@ -197,7 +197,8 @@ def test_what_the_prose_says_of_grpo_and_of_evaluations():
     claim = next(claim for claim in CLAIMS if "beats GRPO" in claim.text)
     start = statistics.mean(seed[0]["accuracy"] for seed in results[claims.SPARSE])
     assert f"starts at {start:.2f} here" in claim.text
-    assert "--student-steps 210 --lr 4e-4" in reproduce.EXPERIMENTS["baselines"].arms[claims.SPARSE]
+    cfg = config.parse(reproduce.EXPERIMENTS["baselines"].arms[claims.SPARSE].split())
+    assert (cfg.student_steps, cfg.lr) == (210, 4e-4)
     assert "with 210 warm-start updates and lr 4e-4" in claim.text
     assert "--eval-size 250" in reproduce.EVALUATION  # four times as many at the start and at the end
     assert all(seed[-1]["response_length"] < 4 for arm in results if "γ=1" in arm for seed in results[arm])

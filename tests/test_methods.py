@@ -503,10 +503,11 @@ def test_only_held_out_problems_are_evaluated_and_everything_else_reads_none_of_
         return asked
 
     monkeypatch.setattr(GPT, "forward", recorded)
-    for function in (train.evaluate, train.report):
+    for function in (train.evaluate, train.report, train.warn_of_a_weak_teacher):
         monkeypatch.setattr(train, function.__name__, asking(function))
     train.main(arguments)
-    assert set(read) == {"the rest", "evaluate", "report"} and all(len(pairs) > 20 for pairs in read.values())
+    checks = {"warn_of_a_weak_teacher"} if not cfg.reference_slot else set()
+    assert set(read) == {"the rest", "evaluate", "report"} | checks and all(len(pairs) > 20 for pairs in read.values())
     for who, pairs in read.items():
         held_out = {bool(arithmetic.is_held_out("add", a, b)) for a, b in pairs}
         assert held_out == {who != "the rest"}

@@ -170,8 +170,8 @@ class Config:
     def warm_start_key(self, who: str) -> dict:
         """Everything that determines the weights of a warm start: two equal keys are one cached file."""
         shared = ("task", "digits", "seed", "sft_batch_size", "sft_lr", "reference_slot")
-        own = {"who": who, "gpt": dataclasses.asdict(self.gpt(who)), "steps": getattr(self, f"{who}_steps")}
-        return own | {name: getattr(self, name) for name in shared}
+        sizes = {"who": who, "gpt": dataclasses.asdict(self.gpt(who)), "steps": getattr(self, f"{who}_steps")}
+        return sizes | {name: getattr(self, name) for name in shared}
 
     def run_key(self, resumed: bool = False) -> dict:
         """Everything that determines a run, or what a run has to keep when it is resumed."""
@@ -223,9 +223,11 @@ def parse(arguments: list[str] | None = None) -> Config:
         if field.metadata["choices"]:
             kind = {"type": str, "metavar": "{" + ",".join(field.metadata["choices"]) + "}"}
         only = "" if readers(field) == list(METHODS) else f" [{', '.join(readers(field))}]"
-        own = [f"{m} {method.recipe[name]}" for m, method in METHODS.items() if name in method.recipe]
+        by_method = [f"{m} {method.recipe[name]}" for m, method in METHODS.items() if name in method.recipe]
         default = (
-            f" (default: {'; '.join([str(RECIPE.get(name, field.default)), *own])})" if field.type is not bool else ""
+            f" (default: {'; '.join([str(RECIPE.get(name, field.default)), *by_method])})"
+            if field.type is not bool
+            else ""
         )
         parser.add_argument(_flag(name), help=field.metadata["help"].replace("%", "%%") + only + default, **kind)
     typed = vars(parser.parse_args(arguments))
