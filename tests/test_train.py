@@ -64,6 +64,8 @@ def test_a_method_brings_its_own_recipe_and_a_flag_wins(method):
     given = config.parse(["--method", method, "--lr", "0.001", "--batch-size", "32", "--student-steps", "7"])
     assert (given.lr, given.batch_size, given.student_steps, given.steps) == (0.001, 32, 7, 400)
     assert cfg == config.Config(method=method)
+    steps = {task: config.parse(["--method", method, "--task", task]).teacher_steps for task in ("add", "mul", "mix")}
+    assert steps == {"add": 400, "mul": 800, "mix": 1600}
 
 
 @pytest.fixture(scope="module")

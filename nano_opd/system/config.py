@@ -28,7 +28,9 @@ def option(default, help, *, choices=None, low=None, high=None, needs: Callable[
     return dataclasses.field(default=default, metadata=meta)
 
 
-RECIPE = {"steps": 400, "batch_size": 128, "lr": 5e-3, "student_steps": 110}  # where the method has none of its own
+# The defaults that a method or a task may replace. A teacher is trained until it is right 0.99 of the time (3 digits).
+RECIPE = {"steps": 400, "batch_size": 128, "lr": 5e-3, "student_steps": 110, "teacher_steps": 400}
+OF_TASK = {"mul": {"teacher_steps": 800}, "mix": {"teacher_steps": 1600}}
 SELF_TAUGHT = {"needs": lambda method: method.teacher == "self"}
 GENERATORS = ", ".join(divergences.DIVERGENCES) + ", alpha=<float>"
 
@@ -83,7 +85,7 @@ class Config:
 
     teacher_layers: int = option(3, "teacher: transformer blocks", low=1)
     teacher_width: int = option(96, "teacher: channels", low=8)
-    teacher_steps: int = option(400, "teacher: supervised updates", low=0)
+    teacher_steps: int = option(None, "teacher: supervised updates", low=0)
     student_layers: int = option(2, "student: transformer blocks", low=1)
     student_width: int = option(64, "student: channels", low=8)
     student_steps: int = option(None, "student: supervised updates of its warm start", low=0)
@@ -102,7 +104,8 @@ class Config:
 
     def __post_init__(self):
         """What was not given is the method's recipe. Raises ValueError: the flag, the value and what is allowed."""
-        recipe = RECIPE | (METHODS[self.method].recipe if self.method in METHODS else {})
+        recipe = RECIPE | OF_TASK.get(self.task, {})
+        recipe |= METHODS[self.method].recipe if self.method in METHODS else {}
         for name in [name for name in recipe if getattr(self, name) is None]:
             object.__setattr__(self, name, recipe[name])
         for field in dataclasses.fields(self):
@@ -223,12 +226,9 @@ def parse(arguments: list[str] | None = None) -> Config:
         if field.metadata["choices"]:
             kind = {"type": str, "metavar": "{" + ",".join(field.metadata["choices"]) + "}"}
         only = "" if readers(field) == list(METHODS) else f" [{', '.join(readers(field))}]"
-        by_method = [f"{m} {method.recipe[name]}" for m, method in METHODS.items() if name in method.recipe]
-        default = (
-            f" (default: {'; '.join([str(RECIPE.get(name, field.default)), *by_method])})"
-            if field.type is not bool
-            else ""
-        )
+        recipes = {m: method.recipe for m, method in METHODS.items()} | OF_TASK
+        defaults = [RECIPE.get(name, field.default), *(f"{k} {r[name]}" for k, r in recipes.items() if name in r)]
+        default = "" if field.type is bool else f" (default: {'; '.join(map(str, defaults))})"
         parser.add_argument(_flag(name), help=field.metadata["help"].replace("%", "%%") + only + default, **kind)
     typed = vars(parser.parse_args(arguments))
     try:
