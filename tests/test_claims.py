@@ -222,3 +222,16 @@ def test_blocks_are_filled_between_their_marks_and_nowhere_else():
     for broken in ("a", text + text):
         with pytest.raises(ValueError, match="exactly once"):
             claims.fill(broken, {"x": "new"})
+
+
+def test_what_the_readme_says_one_sees_is_in_the_results():
+    readme, results = (ROOT / "README.md").read_text(), claims.load(RESULTS)
+    for arm in ("grpo", "rlsd"):
+        start, end = (statistics.mean(seed[n]["accuracy"] for seed in results[arm]) for n in (0, -1))
+        assert f"accuracy from {start:.2f} to {end:.2f} in both" in readme
+        assert all(seed[-1]["leak_rate"] < 0.01 for seed in results[arm])
+    begins = [
+        next((row["step"] for row in seed if row["leak_rate"] > 0.1), None) for seed in results["opsd"]
+    ]  # of answers that cite
+    assert begins.count(None) == 1 and all(75 <= step <= 125 for step in begins if step)
+    assert "in four of five seeds, from about 100 updates on" in readme
