@@ -51,7 +51,7 @@ UPDATE_COLUMNS = ("loss", "grad_norm", "clip_fraction", "reward", "zero_groups",
 QUICK = "--steps 4 --eval-every 1 --batch-size 8 --teacher-steps 5 --student-steps 5 --eval-size 20 --digits 1"
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "pearson_chi2", "neyman_chi2", "hellinger", "tv", "k3")
 # One change each: to both GRPO and RLSD, or to what only RLSD reads, whose partner is the plain grpo of rlsd.
-BOTH = {"4 digits": "--digits 4", "mul": "--task mul", "mix": "--task mix"}
+BOTH = {"4 digits": "--digits 4", "mul": "--task mul --steps 400", "mix": "--task mix --steps 400"}
 RLSD_ONLY = {
     "sync 50": "--teacher-sync 50",
     "live teacher": "--teacher-sync 1",

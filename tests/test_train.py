@@ -64,8 +64,13 @@ def test_a_method_brings_its_own_recipe_and_a_flag_wins(method):
     given = config.parse(["--method", method, "--lr", "0.001", "--batch-size", "32", "--student-steps", "7"])
     assert (given.lr, given.batch_size, given.student_steps, given.steps) == (0.001, 32, 7, 400)
     assert cfg == config.Config(method=method)
-    steps = {task: config.parse(["--method", method, "--task", task]).teacher_steps for task in ("add", "mul", "mix")}
-    assert steps == {"add": 400, "mul": 800, "mix": 1600}
+    of = {task: config.parse(["--method", method, "--task", task]) for task in ("add", "mul", "mix")}
+    assert {task: (cfg.teacher_steps, cfg.steps) for task, cfg in of.items()} == {
+        "add": (400, 400),
+        "mul": (800, 800),
+        "mix": (1600, 800),
+    }
+    assert of["mix"].student_steps == (210 if careful else 300)  # what the method says comes last
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,10 @@ def option(default, help, *, choices=None, low=None, high=None, needs: Callable[
 
 # The defaults that a method or a task may replace. A teacher is trained until it is right 0.99 of the time (3 digits).
 RECIPE = {"steps": 400, "batch_size": 128, "lr": 5e-3, "student_steps": 110, "teacher_steps": 400}
-OF_TASK = {"mul": {"teacher_steps": 800}, "mix": {"teacher_steps": 1600}}
+OF_TASK = {
+    "mul": {"teacher_steps": 800, "steps": 800},
+    "mix": {"teacher_steps": 1600, "student_steps": 300, "steps": 800},
+}
 SELF_TAUGHT = {"needs": lambda method: method.teacher == "self"}
 GENERATORS = ", ".join(divergences.DIVERGENCES) + ", alpha=<float>"
 
