@@ -199,20 +199,18 @@ class Config:
         return Path(self.out_dir) / "warm_starts" / f"{who}-{self.task}{self.digits}-seed{self.seed}-{digest}.pt"
 
 
+_flag = lambda name: "--" + name.replace("_", "-")
+
+
 def readers(field: dataclasses.Field) -> list[str]:
     """The names of the methods that read an option."""
     needs = field.metadata["needs"] or (lambda method: field.name in method.options)
     return [name for name, method in METHODS.items() if needs(method)] or list(METHODS)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        # the one sentence, from one process, without the page of usage
-        self.exit(2, f"train.py: {message}\n" if distributed.rank() == 0 else None)
+        self.exit(2, f"train.py: {message}\n" if distributed.rank() == 0 else None)  # without the page of usage
 
 
 def parse(arguments: list[str] | None = None) -> Config:
