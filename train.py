@@ -74,6 +74,7 @@ def train(run: runs.Run, student: GPT, teacher: GPT) -> None:
     cfg, optimizer = run.cfg, sft.adamw(student, run.cfg.lr)
     student.precision = teacher.precision = precision(cfg.dtype, run.device)
     scored_student, scored_teacher = replicate(compiled(cfg.compile, student)), compiled(cfg.compile, teacher)
+    sample, sample_for_evaluation = sampler(run.device, cfg.compile), sampler(run.device)
     held_out = draw_problems(cfg, "held-out", 4 * cfg.eval_size, held_out=True)
     parts = {"student": student, "optimizer": optimizer} | ({"self_teacher": teacher} if cfg.reference_slot else {})
 
@@ -82,14 +83,14 @@ def train(run: runs.Run, student: GPT, teacher: GPT) -> None:
             warn_of_a_weak_teacher(run, teacher)
         if run.is_due():
             problems = held_out if step in (0, cfg.steps) else held_out[: cfg.eval_size]
-            options = torch_stream(cfg.seed, "evaluation", step, run.device), cfg.reference_slot, sampler(run.device)
+            options = torch_stream(cfg.seed, "evaluation", step, run.device), cfg.reference_slot, sample_for_evaluation
             run.log_evaluation(evaluate(student, teacher, problems, cfg.response_cap, *options))
         if step < cfg.steps:
             if cfg.teacher_sync and step % cfg.teacher_sync == 0:
                 teacher.load_state_dict(student.state_dict())
             # The learning rate rises first: AdamW's first steps are large whatever the gradient.
             optimizer.param_groups[0]["lr"] = cfg.lr * min(1, 10 * (step + 1) / cfg.steps) * (1 - step / cfg.steps)
-            run.log(update(cfg, step, scored_student, scored_teacher, optimizer, sampler(run.device, cfg.compile)))
+            run.log(update(cfg, step, scored_student, scored_teacher, optimizer, sample))
 
 
 def warm_start(cfg: Config, who: str, model: GPT) -> Iterator[None]:

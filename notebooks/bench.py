@@ -48,11 +48,8 @@ def phases(student: GPT, teacher: GPT, B: int, P: int, R: int, dtype=torch.float
     """The student's rollout, score and update, and the step, which is train.py's `update` with the default options."""
     student.precision = teacher.precision = dtype
     cfg, optimizer = Config(), sft.adamw(student, 0.0)  # lr 0: no update changes the next
-    sample, scored_student, scored_teacher = (
-        sampler(student.device, compile),
-        compiled(compile, student),
-        compiled(compile, teacher),
-    )
+    sample = sampler(student.device, compile)
+    scored_student, scored_teacher = compiled(compile, student), compiled(compile, teacher)
     prompts = torch.randint(VOCAB_SIZE, (B, P), device=student.device)
     rollout = lambda: sample(student, prompts, R)
     logp_of = lambda model, y: score(model, y.tokens, P)[0]

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import new_model
 
 from nano_opd import rollout
 from nano_opd.gpt import GPT, GPTConfig
@@ -15,18 +16,6 @@ from nano_opd.tokenizer import EOS, PAD, VOCAB_SIZE
 
 P, R = 4, 12
 COMPILED = {"new": partial(fast_rollout._eager, compiled=True)}
-
-
-def new_model(block_size, **sizes):
-    """A random model that attends, and ends a response every few tokens."""
-    torch.manual_seed(3)
-    model = GPT(GPTConfig(VOCAB_SIZE, block_size, **sizes))
-    for block in model.blocks:  # what comes out of a block starts at zero: attention and mlp would be nothing
-        torch.nn.init.normal_(block.attention_out.weight, std=0.2)
-        torch.nn.init.normal_(block.mlp_out.weight, std=0.2)
-    with torch.no_grad():
-        model.embedding.weight[EOS] *= 2.0
-    return model
 
 
 def new_prompts(B, P):

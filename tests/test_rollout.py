@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import new_model
 
-from nano_opd.gpt import GPT, GPTConfig, logprobs_of
+from nano_opd.gpt import logprobs_of
 from nano_opd.rollout import Rollout, choose, response_logits, response_logprobs, sample, score
 from nano_opd.system.checks import NumericalFault
 from nano_opd.tokenizer import EOS, PAD, VOCAB_SIZE
@@ -16,14 +17,7 @@ P, R = 4, 12
 @pytest.fixture
 def model():
     """A random model that ends a response every few tokens."""
-    torch.manual_seed(3)
-    model = GPT(GPTConfig(VOCAB_SIZE, P + R))
-    for block in model.blocks:  # what comes out of a block starts at zero: attention and mlp would be nothing
-        torch.nn.init.normal_(block.attention_out.weight, std=0.2)
-        torch.nn.init.normal_(block.mlp_out.weight, std=0.2)
-    with torch.no_grad():
-        model.embedding.weight[EOS] *= 2.0
-    return model
+    return new_model(P + R)
 
 
 @pytest.fixture

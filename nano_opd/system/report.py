@@ -22,11 +22,21 @@ def warn_of_a_weak_teacher(run: Run, teacher: GPT) -> None:
     if run.cfg.reference_slot:
         return
     problems = draw_problems(run.cfg, "teacher check", 500, held_out=True)
-    generator = torch_stream(run.cfg.seed, "teacher check", device=run.device)
-    answers = sampler(run.device)(teacher, prompts_of(problems, run.device), run.cfg.response_cap, generator)
-    right = rewards(problems, answers).mean().item()
-    if right < 0.9:
-        print(f"the teacher is right only {right:.2f} of the time: raise --teacher-steps", flush=True)
+    right, _ = answers(run, teacher, problems, torch_stream(run.cfg.seed, "teacher check", device=run.device))
+    if right.mean() < 0.9:
+        print(f"the teacher is right only {right.mean():.2f} of the time: raise --teacher-steps", flush=True)
+
+
+def answers(
+    run: Run, model: GPT, problems: list[arithmetic.Problem], generator: torch.Generator, style: str = "blank"
+) -> tuple[Tensor, list[str]]:
+    """One sampled answer to each problem: which are right, (problems,) of 0 and 1, and their texts.
+
+    style  what stands in the prompt's slot, if it has one
+    """
+    prompts = prompts_of(problems, run.device, slots_of(problems, style) if run.cfg.reference_slot else None)
+    rollout = sampler(run.device)(model, prompts, run.cfg.response_cap, generator)
+    return rewards(problems, rollout), response_texts(rollout)
 
 
 def report(run: Run, student: GPT, teacher: GPT) -> None:
@@ -42,14 +52,8 @@ def report(run: Run, student: GPT, teacher: GPT) -> None:
 
     problems = draw_problems(cfg, "answers", 4 * cfg.eval_size, held_out=True)
     generator = torch_stream(cfg.seed, "answers", device=run.device)
-
-    def answers(model: GPT, style: str) -> tuple[Tensor, list[str]]:
-        prompts = prompts_of(problems, run.device, slots_of(problems, style) if cfg.reference_slot else None)
-        rollout = sampler(run.device)(model, prompts, cfg.response_cap, generator)
-        return rewards(problems, rollout), response_texts(rollout)
-
-    by_teacher, _ = answers(teacher, "work")
-    correct, texts = zip(*(answers(student, "blank") for _ in range(4)))
+    by_teacher, _ = answers(run, teacher, problems, generator, "work")
+    correct, texts = zip(*(answers(run, student, problems, generator) for _ in range(4)))
     right = correct[0].tolist()
 
     def proportion(p: float) -> str:
