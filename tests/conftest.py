@@ -1,4 +1,4 @@
-"""Shared by the tests: one thread, so that parallel workers do not fight for the cores; a compiler or a skip; a model."""
+"""Shared by the tests: one thread, so that workers do not fight for the cores; a compiler or a skip; a random model."""
 
 import pytest
 import torch
