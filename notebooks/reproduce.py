@@ -47,8 +47,10 @@ class Experiment:
 
 
 EVALUATION = "--eval-every 25 --eval-size 250"
+SHORT = "--steps 200 --eval-every 50 --eval-size 250"
 UPDATE_COLUMNS = ("loss", "grad_norm", "clip_fraction", "reward", "zero_groups", "weight_clip_fraction")
 QUICK = "--steps 4 --eval-every 1 --batch-size 8 --teacher-steps 5 --student-steps 5 --eval-size 20 --digits 1"
+RATES = ("2e-4", "6e-4", "2e-3", "6e-3", "2e-2")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "pearson_chi2", "neyman_chi2", "hellinger", "tv", "k3")
 # One change each: to both GRPO and RLSD, or to what only RLSD reads, whose partner is the plain grpo of rlsd.
 BOTH = {"4 digits": "--digits 4", "mul": "--task mul --steps 400", "mix": "--task mix --steps 400"}
@@ -69,6 +71,16 @@ def arm(method: str, divergence: str, variance: str) -> dict[str, str]:
 def sampled(divergences: tuple[str, ...]) -> dict[str, str]:
     """OPD and OPD+ with the sampled estimator of each divergence."""
     return {k: v for d in divergences for m in ("opd", "opdplus") for k, v in arm(m, d, "sampled").items()}
+
+
+def rates(flags: str, note: str = "") -> dict[str, str]:
+    """OPD and OPD+ under three divergences at five learning rates over two decades, with these flags."""
+    return {
+        f"{m}, {d}, lr={lr}{note}": f"--method {m} --divergence {d} --lr {lr} {flags}"
+        for d in DIVERGENCES[:3]
+        for m in ("opd", "opdplus")
+        for lr in RATES
+    }
 
 
 EXPERIMENTS = {
@@ -129,6 +141,10 @@ EXPERIMENTS = {
         seeds=3,
         seconds=60,
     ),
+    # Is the collapse a matter of the learning rate? As it is, with clipped gradients, and from a student near its teacher.
+    "rate": Experiment(SHORT, rates(""), seeds=3, seconds=25),
+    "rate_clip": Experiment(SHORT, rates("--grad-clip 1", ", clipped"), seeds=3, seconds=25),
+    "rate_near": Experiment(SHORT, rates("--student-steps 300", ", near"), seeds=3, seconds=25),
     "rlsd_confirm": Experiment(  # what the search found most, on seeds that had no part in finding it
         EVALUATION,
         {"grpo, fresh seeds": "--method grpo", "rlsd, sync 50, fresh seeds": "--method rlsd --teacher-sync 50"},
