@@ -17,6 +17,10 @@ A divergence is given by its generator f, convex with f(1) = 0. On-policy distil
 
 Source: arXiv 2606.01039, Table 1, for the first three rows; the others follow from the same w_f.
 
+Since E_p[u − 1] = 0, f + c(u−1) is another generator of the same divergence (`shift`). It moves w_f by the constant c,
+which changes no expected gradient, but −f by c(1−u), which does. So two entries are one divergence twice: k3 is reverse
+KL, and jsd_falling is jsd in its generator that never rises, the only one in which OPD works (opd.py says why).
+
 The code computes them from x = log u = log q − log p, in nats, because u itself overflows and u − 1 cancels. With expm1
 |x| ≤ 30 is safe in float32 (in the α-family, |αx| ≤ 80). That family has f′ = φ_{α−1} and w_f = φ_α with the Box–Cox
 transform φ_a = (u^a − 1)/a, which is ln u at a = 0. Up to a factor and a multiple of u − 1, α = 0 is reverse KL, ½
@@ -32,6 +36,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, exp, expm1, log1p
+from torch.nn.functional import softplus
 
 from nano_opd.system.checks import did_you_mean
 
@@ -63,11 +68,27 @@ DIVERGENCES = {
         ),
         Divergence("hellinger", lambda x: expm1(x / 2) ** 2, lambda x: -expm1(-x / 2), lambda x: expm1(x / 2)),
         Divergence("tv", lambda x: expm1(x).abs() / 2, lambda x: x.sign() / 2, lambda x: x.sign() / 2),
-        # u − 1 − ln u: the same divergence as reverse_kl and, up to a constant, the same w_f, but another −f. This is
-        # why a stop-gradient turns the "k1" and "k3" estimators of one KL into two different gradients.
+        # u − 1 − ln u. Under a stop-gradient the "k1" and "k3" estimators of one KL become two different gradients.
         Divergence("k3", lambda x: _alpha_f(x, 0.0), lambda x: -expm1(-x), lambda x: x),
+        # jsd − ½ ln 2 (u−1) = ln 2 − ½ [ln(1+u) + u ln(1+1/u)]
+        Divergence(
+            "jsd_falling",
+            f=lambda x: math.log(2) - (softplus(x) + exp(x.clamp(-1e4, 80)) * softplus(-x.clamp(-1e4, 80))) / 2,
+            f_prime=lambda x: -softplus(-x) / 2,
+            unbiased=lambda x: softplus(x) / 2 - math.log(2),
+        ),
     ]
 }
+
+
+def shift(d: Divergence, c: float) -> Divergence:
+    """The same divergence in the generator f + c(u−1), which OPD does not take for the same."""
+    return Divergence(
+        f"{d.name} + {c:g} (u−1)",
+        f=lambda x: d.f(x) + c * expm1(x),
+        f_prime=lambda x: d.f_prime(x) + c,
+        unbiased=lambda x: d.unbiased(x) + c,
+    )
 
 
 def get(name: str) -> Divergence:

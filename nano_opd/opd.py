@@ -9,8 +9,18 @@ Sources: student samples, GKD, arXiv 2306.13649; the reward, Lu & Thinking Machi
 2025; the stop-gradient for general f, arXiv 2606.01039, §2.
 
 What this drops: −∇E_p[f(u)] is the mean of −f(u) ∇log p plus the mean of u f′(u) ∇log p. For reverse KL, f = −ln u,
-u f′ = −1 and the second mean is E[−∇log p] = 0. For other f it is a bias. The divergence does not even determine it: f
-and f + c(u−1) are the same divergence, with two different −f.
+u f′ = −1 and the second mean is E[−∇log p] = 0. For other f it is a bias.
+
+What it descends: at γ = 0, on average, exactly the D_h of another generator h,
+
+    −f  =  w_h     where     h(u)  =  u ∫ −f(u)/u² du,     h″(u)  =  −f′(u)/u
+
+D_h is a divergence, with its minimum at the teacher, if and only if f never rises: −ln u and jsd_falling. Every other
+entry of divergences.py rises for u > 1, and there h bends down. Where f′(∞) > 0, as for all of these, D_h has no lower
+bound: a token that the teacher likes brings p h(u) = q h(u)/u → −∞ as p → 0. This is the collapse.
+
+Every advantage A(u) is such a w_h: Go et al., arXiv 2302.08215, and Fawkes & Hartford, arXiv 2605.15417, in other words.
+What it says of the stop-gradient is derived here.
 """
 
 import torch

@@ -34,7 +34,7 @@ def test_an_update_that_is_timed_changes_nothing():
 
 
 def test_a_step_has_the_products_of_an_update_of_train():
-    cfg = Config(batch_size=3, digits=1)
+    cfg = Config(batch_size=3, digits=2)
     P, R = cfg.prompt_length, cfg.response_cap
     student, teacher = bench.new_pair(2, 64, P + R, CPU)
     optimizer = sft.adamw(student, 0.0)

@@ -36,7 +36,7 @@ TABLE = {
     "jsd": (lambda u: ((1 + u) * ((1 + u) / 2).log() - u * u.log()) / 2, lambda u: ((1 + u) / 2).log() / 2),
 }
 STEP, LR = 3, 0.1
-TINY = {"digits": 1, "teacher_layers": 1, "teacher_width": 16, "student_layers": 1, "student_width": 8}
+TINY = {"digits": 2, "teacher_layers": 1, "teacher_width": 16, "student_layers": 1, "student_width": 8}
 RIGHT = (0, 3, 9, 12, 13, 15)  # of 16 responses these are worked solutions: none of one group, three of another
 
 KNOBS = [
@@ -437,7 +437,7 @@ for arguments in ("coin --gamma 1", "gkd --lam 0.7", "coin --help", "coin --lam 
         pass
 """
 RUN = (
-    "--digits 1 --teacher-layers 1 --teacher-width 16 --student-layers 1 --student-width 8 --teacher-steps 5 "
+    "--digits 2 --teacher-layers 1 --teacher-width 16 --student-layers 1 --student-width 8 --teacher-steps 5 "
     "--student-steps 3 --sft-batch-size 8 --batch-size 8 --eval-size 8 --eval-every 5 --steps 12"
 ).split()
 

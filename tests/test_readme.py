@@ -116,7 +116,7 @@ plain = dict(divergence="tv", gamma=0.0, variance="sampled", log_u_clip=0.0, nor
 of = lambda method, **options: torch.autograd.grad(METHODS[method].loss(scored, **options)[0], logp)[0]
 torch.testing.assert_close(of("sign", normalize="batch"), 2 * of("opdplus", **plain))
 
-small = "--steps 1 --batch-size 8 --teacher-steps 1 --student-steps 1 --eval-size 4 --digits 1 --task double --out-dir"
+small = "--steps 1 --batch-size 8 --teacher-steps 1 --student-steps 1 --eval-size 4 --digits 2 --task double --out-dir"
 for chosen in (["opd", "--divergence", "jeffreys"], ["opdplus", "--divergence", "jeffreys"], ["sign"]):
     train.main([*small.split(), sys.argv[1], "--method", *chosen])
 """

@@ -15,7 +15,7 @@ import reproduce
 
 from nano_opd.system import config
 
-TINY = "--digits 1 --student-layers 1 --student-width 8 --student-steps 2 --batch-size 8 --eval-size 4"
+TINY = "--digits 2 --student-layers 1 --student-width 8 --student-steps 2 --batch-size 8 --eval-size 4"
 
 
 def test_every_arm_is_a_command_line_of_its_own():

@@ -11,7 +11,7 @@ from nano_opd import rollout, sft
 from nano_opd.gpt import GPT
 from nano_opd.system import config, distributed, runs
 
-TINY = "--digits 1 --teacher-layers 1 --teacher-width 8 --student-layers 1 --student-width 8 --batch-size 2"
+TINY = "--digits 2 --teacher-layers 1 --teacher-width 8 --student-layers 1 --student-width 8 --batch-size 2"
 
 
 def resident() -> int:

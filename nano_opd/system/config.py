@@ -28,12 +28,11 @@ def option(default, help, *, choices=None, low=None, high=None, needs: Callable[
     return dataclasses.field(default=default, metadata=meta)
 
 
-# The defaults that a method or a task may replace. A teacher is trained until it is right 0.99 of the time (3 digits).
+# The defaults that a method or a task may replace. A teacher is trained until it is right, a student until it sometimes
+# is: its updates are those of the recipe, for 3 digits of add, times EFFORT, times digits/3.
 RECIPE = {"steps": 400, "batch_size": 128, "lr": 5e-3, "student_steps": 110, "teacher_steps": 400}
-OF_TASK = {
-    "mul": {"teacher_steps": 800, "steps": 800},
-    "mix": {"teacher_steps": 1600, "student_steps": 300, "steps": 800},
-}
+OF_TASK = {"mul": {"teacher_steps": 800, "steps": 800}, "mix": {"teacher_steps": 1600, "steps": 800}}
+EFFORT = {"sub": 1.25, "mul": 1.5, "mix": 2.5}
 SELF_TAUGHT = {"needs": lambda method: method.teacher == "self"}
 GENERATORS = ", ".join(divergences.DIVERGENCES) + ", alpha=<float>"
 
@@ -91,7 +90,9 @@ class Config:
     teacher_steps: int = option(None, "teacher: supervised updates", low=0)
     student_layers: int = option(2, "student: transformer blocks", low=1)
     student_width: int = option(64, "student: channels", low=8)
-    student_steps: int = option(None, "student: supervised updates of its warm start", low=0)
+    student_steps: int = option(
+        None, f"student: supervised updates of its warm start; × digits/3 × {EFFORT} of its task", low=0
+    )
     sft_batch_size: int = option(64, "worked solutions per supervised update of the warm starts", low=1)
     sft_lr: float = option(1e-2, "learning rate of the warm starts, falling to 0", low=0.0)
 
@@ -109,6 +110,7 @@ class Config:
         """What was not given is the method's recipe. Raises ValueError: the flag, the value and what is allowed."""
         recipe = RECIPE | OF_TASK.get(self.task, {})
         recipe |= METHODS[self.method].recipe if self.method in METHODS else {}
+        recipe["student_steps"] = round(recipe["student_steps"] * EFFORT.get(self.task, 1) * self.digits / 3)
         for name in [name for name in recipe if getattr(self, name) is None]:
             object.__setattr__(self, name, recipe[name])
         for field in dataclasses.fields(self):
@@ -121,6 +123,8 @@ class Config:
                 allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
                 raise ValueError(f"{_flag(field.name)} {value}: must be {allowed}")
         divergences.get(self.divergence)
+        if self.digits == 1:
+            raise ValueError("--digits 1: a problem is a single column, so no held-out one was ever taught; give 2 or more")
         if self.variance == "full" and "variance" in METHODS[self.method].options:
             if self.gamma > 0:
                 raise ValueError(

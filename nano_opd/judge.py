@@ -1,0 +1,38 @@
+"""What does an advantage descend? Any A(u) of one token is the corrected advantage w_h of some generator h.
+
+    w_h = −h + u h′ = A    ⟺    h(u)  =  u ∫₁ᵘ A(t)/t² dt    ⟹    h″(u)  =  A′(u)/u
+
+So at γ = 0 the expected update descends E_p[h(u)] at each prefix, whatever A was meant to be. This is a divergence, at
+its lowest where the student is the teacher, if A never falls. OPD under f is the case A = −f: it descends the D_h with
+h″(u) = −f′(u)/u.
+
+Sources: that the gradient of every f-divergence is E_p[A(u) ∇log p] for some A, Go et al., arXiv 2302.08215, Theorem 1;
+that each rising A belongs to one divergence, Fawkes & Hartford, arXiv 2605.15417. What it makes of the stop-gradient is
+derived here.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, exp
+
+from nano_opd.divergences import Divergence
+
+
+def generator(advantage: Callable[[Tensor], Tensor], name: str = "h") -> Divergence:
+    """The generator h, with h(1) = h′(1) = 0, whose w_h is the advantage up to the constant A(1).
+
+    advantage  A as a function of log u, elementwise and without a jump but at u = 1, as divergence.stop_gradient
+
+    The integral is a Gauss–Legendre sum of 64 terms, good to 1e-9 in float64 for |log u| ≤ 8 and a smooth A.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+
+    def h(x: Tensor) -> Tensor:  # with t = u^s: u ∫₀¹ (A(s log u) − A(0)) u^−s log u ds
+        s, w = (torch.as_tensor(a, dtype=x.dtype, device=x.device) for a in ((nodes + 1) / 2, weights / 2))
+        sx = x.unsqueeze(-1) * s
+        return exp(x) * x * (w * (advantage(sx) - advantage(torch.zeros_like(sx))) * exp(-sx)).sum(-1)
+
+    rest = lambda x: advantage(x) - advantage(torch.zeros_like(x))
+    return Divergence(name, f=h, f_prime=lambda x: exp(-x) * (h(x) + rest(x)), unbiased=rest)

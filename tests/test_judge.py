@@ -1,0 +1,122 @@
+"""The law of the stop-gradient: OPD under f descends D_h with h″ = −f′/u, exactly, and what follows from it."""
+
+import math
+
+import pytest
+import torch
+
+from nano_opd import divergences, exact, opd, opdplus
+from nano_opd.divergences import shift
+from nano_opd.judge import generator
+
+NAMES = [*divergences.DIVERGENCES, "alpha=-0.5", "alpha=0.5", "alpha=1.7"]
+NEVER_RISES = ("reverse_kl", "jsd_falling")
+
+
+def world_at(distance: float, seed: int = 0) -> exact.World:
+    """A student whose logits differ from the teacher's by about so many nats."""
+    (policy, q), noise = exact.random_tabular(4, 3, seed), exact.random_tabular(4, 3, seed + 100)[1]
+    return exact.World.of((policy, q + distance * noise), (policy, q), 4, 3, 3)
+
+
+def mean(world: exact.World, method, d: divergences.Divergence) -> torch.Tensor:
+    return exact.moments(world, exact.sampled(lambda log_u, mask, *_: method.advantage(log_u, mask, d))).mean
+
+
+def value(world: exact.World, d: divergences.Divergence) -> float:
+    return exact.objective(world, d, "prefix").item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_opd_descends(name):
+    """Its mean is the gradient of E_p[h(u)], by autograd through the enumeration, which knows nothing of A."""
+    world, d = world_at(1.0), divergences.get(name)
+    h = generator(d.stop_gradient)
+    torch.testing.assert_close(mean(world, opd, d), exact.gradient(world, h, "prefix"), rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(mean(world, opd, d), mean(world, opdplus, h), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_generator_of_an_advantage(name):
+    """h is u ∫ A/u²: its w_h is A, its second derivative A′/u, and the generator of w_f is f itself."""
+    x, d = torch.linspace(-3, 3, 61, dtype=torch.float64), divergences.get(name)
+    x = x[x.abs() > 1e-9].requires_grad_()  # |u − 1| has no slope at 1
+    h = generator(d.stop_gradient)
+    in_u = lambda y: torch.autograd.grad(y.sum(), x, create_graph=True)[0] * torch.exp(-x)  # d/du = e^−x d/dx
+    first = in_u(h.f(x))
+    torch.testing.assert_close(h.f_prime(x), first)
+    torch.testing.assert_close(in_u(first), -d.f_prime(x) * torch.exp(-x), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(-h.f(x) + torch.exp(x) * h.f_prime(x), h.unbiased(x))
+    world = world_at(1.0)
+    assert value(world, generator(d.unbiased)) == pytest.approx(value(world, d), rel=1e-8)
+
+
+def test_the_usual_generators_subtract_a_divergence_that_should_fall():
+    """What OPD descends, in words; each is its own divergence times a factor, minus another one."""
+    world = world_at(1.0)
+    D = {name: value(world, divergences.get(name)) for name in NAMES}
+    for name, descended in {
+        "reverse_kl": D["reverse_kl"],
+        "k3": D["reverse_kl"] - D["forward_kl"],
+        "hellinger": 2 * D["hellinger"] - D["forward_kl"],
+        "neyman_chi2": D["neyman_chi2"] / 2 - D["forward_kl"],
+        "pearson_chi2": 2 * D["forward_kl"] - D["pearson_chi2"],
+    }.items():
+        assert value(world, generator(divergences.get(name).stop_gradient)) == pytest.approx(descended, rel=1e-8)
+    squares = divergences.Divergence("−½ E_q[ln² u]", lambda x: -torch.exp(x) * x**2 / 2, None, None)
+    of_forward = generator(divergences.get("forward_kl").stop_gradient)
+    assert value(world, of_forward) == pytest.approx(value(world, squares), rel=1e-8)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "tv"])
+def test_near_the_teacher_the_stop_gradient_multiplies_the_gradient(name):
+    """By −f′(1)/f″(1): 1 for −ln u, −1 for u ln u, 0 for every f with its minimum at 1."""
+    world, d, zero = world_at(1e-5), divergences.get(name), torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    (second,) = torch.autograd.grad(d.f_prime(zero).sum(), zero)  # f″(1), since du = dx there
+    factor = -(d.f_prime(zero) / second).item()
+    assert factor == pytest.approx({"reverse_kl": 1, "forward_kl": -1, "jsd_falling": 2 * math.log(2)}.get(name, 0))
+    g = exact.gradient(world, d, "prefix")
+    assert ((mean(world, opd, d) - factor * g).norm() / g.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_multiple_of_u_minus_1_takes_forward_kl_away(name):
+    world, d, c = world_at(1.0), divergences.get(name), 0.7
+    before, after = (value(world, generator(x.stop_gradient)) for x in (d, shift(d, c)))
+    assert after == pytest.approx(before - c * value(world, divergences.get("forward_kl")), rel=1e-8)
+
+
+@pytest.mark.parametrize("alpha", [-2, -0.5, 0, 0.3, 0.5, 0.9])
+def test_in_its_falling_generator_the_alpha_family_is_opdplus(alpha):
+    """For α < 1 the generator f − f′(∞)(u−1) has −f = w_f/(1−α); Hellinger is α = ½ and reverse KL is α = 0."""
+    x, d = torch.linspace(-6, 6, 121, dtype=torch.float64), divergences.get(f"alpha={alpha}")
+    at_infinity = d.f_prime(torch.tensor([math.inf])).item()
+    assert at_infinity == pytest.approx(1 / (1 - alpha))
+    torch.testing.assert_close(shift(d, -1 / (1 - alpha)).stop_gradient(x), d.unbiased(x) / (1 - alpha))
+
+
+@pytest.mark.parametrize("alpha", [1, 1.5, 3])
+def test_from_alpha_1_on_no_generator_falls(alpha):
+    assert divergences.get(f"alpha={alpha}").f_prime(torch.tensor([math.inf])).item() == math.inf
+
+
+def test_jsd_falling_is_jsd():
+    x, jsd, falling = torch.linspace(-6, 6, 121, dtype=torch.float64), *map(divergences.get, ("jsd", "jsd_falling"))
+    for function in ("f", "f_prime", "unbiased"):
+        got, want = (getattr(d, function)(x) for d in (falling, shift(jsd, -math.log(2) / 2)))
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_divergence_has_a_bound_and_what_opd_descends_has_one_only_if_f_never_rises(name):
+    """A liked token brings q h(u)/u: it falls for ever as u grows unless f′(∞) ≤ 0. This is the collapse."""
+    d, q = divergences.get(name), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    h = generator(d.stop_gradient)
+    rises = d.f_prime(torch.tensor([math.inf])).item() > 0
+    assert rises == (name not in NEVER_RISES)
+    assert bool((d.f_prime(torch.linspace(0.1, 8, 80)) > 0).all()) == rises
+    per_q = h.f(x := torch.tensor([2.0, 4.0, 6.0, 8.0], dtype=torch.float64)) / torch.exp(x)  # the share of one token
+    assert (per_q.diff() < 0).all() and per_q.diff()[-1] < 0.9 * per_q.diff()[0] if rises else (per_q > 0).all()
+    p = torch.randn(500, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(2).log_softmax(-1)
+    D = (p.exp() * h.f(q.log() - p)).sum(-1)
+    assert (D < 0).any() == rises
