@@ -151,15 +151,15 @@ def draw_references(problems: list[Problem], group_size: int, rng: np.random.Gen
     """What the teacher reads in the slot of each problem: one reference, of a style drawn at random, per group.
 
     problems  the group_size copies of each problem standing together
-    which     "true"; "work": always in that style, so that x determines r; "shuffled": the next group's, valid but of
-              another problem; "none": blank, as the student's
+    which     "true"; "work" or "cite": always in that style, so that x determines r; "shuffled": the next group's,
+              valid but of another problem; "none": blank, as the student's
     """
     groups = problems[::group_size]
     styles = rng.choice(REFERENCES, len(groups)).tolist()
     if which == "shuffled":
         groups = groups[1:] + groups[:1]
-    if which in ("work", "none"):
-        styles = ["blank" if which == "none" else "work"] * len(groups)
+    if which in ("work", "cite", "none"):
+        styles = ["blank" if which == "none" else which] * len(groups)
     slots = [reference(p, style) for p, style in zip(groups, styles)]
     return [slot for slot in slots for _ in range(group_size)]
 

@@ -36,3 +36,30 @@ def generator(advantage: Callable[[Tensor], Tensor], name: str = "h") -> Diverge
 
     rest = lambda x: advantage(x) - advantage(torch.zeros_like(x))
     return Divergence(name, f=h, f_prime=lambda x: exp(-x) * (h(x) + rest(x)), unbiased=rest)
+
+
+def update(advantage: Callable[[Tensor, Tensor], Tensor], log_p: Tensor, log_q: Tensor) -> Tensor:
+    """E_{v∼p}[A_v ∇log p_v] in the logits, p_v (A_v − E_p[A]): the expected update at one prefix, exactly.
+
+    advantage   A of every token, from log_p and log_q of its whole vocabulary, (…, V) each
+    """
+    p = log_p.exp()
+    A = advantage(log_p, log_q)
+    return p * (A - (p * A).sum(-1, keepdim=True))
+
+
+def paths(
+    advantage: Callable[[Tensor, Tensor], Tensor], starts: Tensor, log_q: Tensor, steps: int = 3000, size: float = 0.05
+) -> Tensor:
+    """Students (S, V), as logits, that follow the expected update: their probabilities after each step, (steps+1, S, V).
+
+    A step is the update, but no longer than `size` in the logits: far from the teacher the way is the same, in more
+    steps. A student that has put 0.999 on one token stays there.
+    """
+    z, visited = starts, [starts.softmax(-1)]
+    for _ in range(steps):
+        step = update(advantage, z.log_softmax(-1), log_q)
+        step = step * (size / step.norm(dim=-1, keepdim=True)).clamp(max=1)
+        z = torch.where(visited[-1].amax(-1, keepdim=True) < 0.999, z + step, z)
+        visited.append(z.softmax(-1))
+    return torch.stack(visited)

@@ -210,6 +210,46 @@ def curves(
     return figure
 
 
+def flow(rows: dict[str, dict[str, torch.Tensor]], teacher: torch.Tensor, names: Sequence[str] = "ABC") -> Figure:
+    """The ways of students over three tokens, each a line in the triangle of all distributions, from its dot onwards.
+
+    rows     row label → panel title → their probabilities after each step (steps+1, S, 3), as judge.paths returns them
+    teacher  (3,) the star; under each panel stands how many students end within 0.02 of it
+    """
+    titles = list(next(iter(rows.values())))
+    figure = Figure(figsize=(9, 8.4 / len(titles) * len(rows) + 0.3))
+    figure.subplots_adjust(left=0.04, right=1, bottom=0, top=0.95, wspace=0, hspace=0)
+    corners = np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])
+    for n, (ax, (row, title)) in enumerate(
+        zip(figure.subplots(len(rows), len(titles), squeeze=False).flat, [(r, t) for r in rows for t in titles])
+    ):
+        paths = rows[row][title].numpy()
+        xy, color = paths @ corners, OWN_COLOR.get(row.split(":")[0], COLORS[2])
+        ax.fill(*corners.T, facecolor="#F7F7F7", edgecolor="#B0B0B0", linewidth=0.8)
+        for way in xy.swapaxes(0, 1):
+            ax.plot(*way.T, color=color, linewidth=0.8, alpha=0.8)
+            along = np.linalg.norm(np.diff(way, axis=0), axis=1).cumsum()
+            at = np.searchsorted(along, 0.45 * along[-1])  # an arrow a little before half of the way
+            if along[-1] > 0.05 and along[at] > 0:
+                back = np.searchsorted(along, along[at] - 0.01)
+                style = {"arrowstyle": "-|>,head_width=0.12,head_length=0.25", "color": color, "linewidth": 0.6}
+                ax.annotate("", way[at + 1], way[min(back, at)], arrowprops=style | {"shrinkA": 0, "shrinkB": 0})
+        ax.plot(*xy[0].T, ".", color="#909090", markersize=3, zorder=3)
+        ends = np.linalg.norm(paths[-1] - teacher.numpy(), axis=1) < 0.02
+        ax.plot(*xy[-1][~ends].T, "o", color=color, markersize=7, clip_on=False, zorder=4)
+        ax.plot(*(teacher.numpy() @ corners), "*", color="black", markersize=11, markeredgecolor="white", zorder=5)
+        for corner, name, (dx, dy) in zip(corners, names, [(-0.04, -0.05), (0.04, -0.05), (0, 0.05)]):
+            ax.text(*(corner + (dx, dy)), name, ha="center", va="center", color="#606060", fontsize="small")
+        ax.text(0.5, -0.09, f"{ends.sum()} of {len(ends)}", ha="center", va="center", color=color, fontweight="bold")
+        ax.set(xlim=(-0.08, 1.08), ylim=(-0.14, 0.95), aspect="equal")
+        ax.set_axis_off()
+        if n < len(titles):
+            ax.set_title(title, fontsize="medium")
+        if n % len(titles) == 0:
+            ax.text(-0.1, 0.45, row, rotation=90, ha="center", va="center", color=color, fontweight="bold")
+    return figure
+
+
 def verdicts(values: dict[str, float], xlabel: str, title: str = "", limit: float | None = None) -> Figure:
     """Horizontal bars with their numbers, {label: value}; those whose label starts with "right" in another colour.
 

@@ -30,6 +30,7 @@ import numpy
 import torch
 from bench import processor
 
+from nano_opd import divergences
 from nano_opd.system import config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,9 +68,9 @@ def arm(method: str, divergence: str, variance: str) -> dict[str, str]:
     return {f"{method}, {divergence}, {variance}": f"--method {method} --divergence {divergence} --variance {variance}"}
 
 
-def sampled(divergences: tuple[str, ...]) -> dict[str, str]:
+def sampled(names: tuple[str, ...]) -> dict[str, str]:
     """OPD and OPD+ with the sampled estimator of each divergence."""
-    return {k: v for d in divergences for m in ("opd", "opdplus") for k, v in arm(m, d, "sampled").items()}
+    return {k: v for d in names for m in ("opd", "opdplus") for k, v in arm(m, d, "sampled").items()}
 
 
 def rates(flags: str, note: str = "") -> dict[str, str]:
@@ -82,6 +83,10 @@ def rates(flags: str, note: str = "") -> dict[str, str]:
     }
 
 
+# Generators of this page alone. jsd_local is right at the teacher, to first order, and rises farther away.
+for name, d, c in [("jsd_local", "jsd", -0.25), ("hellinger_falling", "hellinger", -1), ("tv_falling", "tv", -0.5)]:
+    divergences.DIVERGENCES[name] = divergences.shift(divergences.get(d), c)
+
 EXPERIMENTS = {
     "opd": Experiment(
         EVALUATION,
@@ -90,6 +95,19 @@ EXPERIMENTS = {
         seconds=80,
     ),
     "divergences": Experiment(EVALUATION + " --steps 200", sampled(DIVERGENCES[3:]), seeds=5, seconds=42),
+    # The stop-gradient in other generators of the same divergences. OPD+ is in opd and divergences.
+    "law": Experiment(
+        EVALUATION,
+        {f"opd, {d}, sampled": f"--method opd --divergence {d}" for d in ("jsd_falling", "jsd_local")},
+        seeds=5,
+        seconds=80,
+    ),
+    "law_others": Experiment(
+        EVALUATION + " --steps 200",
+        {f"opd, {d}, sampled": f"--method opd --divergence {d}" for d in ("hellinger_falling", "tv_falling")},
+        seeds=5,
+        seconds=42,
+    ),
     "variance": Experiment(  # the sampled token, and the baseline of jsd, are in opd; gkd is opdplus with full
         EVALUATION,
         {k: v for d in ("jsd", "forward_kl") for m in ("opdplus", "opd") for k, v in arm(m, d, "full").items()},
@@ -132,6 +150,18 @@ EXPERIMENTS = {
         {"opsd, work": "--method opsd", "λ=1, ε_w=10, work": "--method rlsd --lam 1 --eps-w 10"},
         seeds=5,
         seconds=57,
+    ),
+    "rlsd_cite": Experiment(
+        EVALUATION + " --reference cite", {"opsd, cite": "--method opsd", "rlsd, cite": "--method rlsd"}, 5, 60
+    ),
+    "rlsd_published": Experiment(  # RLSD's published schedule, and its baseline
+        EVALUATION + " --group-size 8",
+        {
+            "rlsd, published": "--method rlsd --reference cite --lam 0.5 --lam-decay 50 --teacher-sync 10",
+            "grpo, G=8": "--method grpo",
+        },
+        seeds=5,
+        seconds=60,
     ),
     "rlsd_search": Experiment(
         EVALUATION,

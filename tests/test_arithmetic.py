@@ -149,11 +149,12 @@ def test_references_are_drawn_per_group_from_all_styles_and_shuffled_to_another_
     groups = arithmetic.sample_problems("add", 4, 200, rng)
     batch = [problem for problem in groups for _ in range(3)]
     valid = [{arithmetic.reference(p, style) for style in arithmetic.REFERENCES} for p in batch]
-    true, work, shuffled, none = (
+    true, work, cite, shuffled, none = (
         arithmetic.draw_references(batch, 3, np.random.default_rng(5), which)
-        for which in ("true", "work", "shuffled", "none")
+        for which in ("true", "work", "cite", "shuffled", "none")
     )
     assert work == [arithmetic.reference(problem, "work") for problem in batch]
+    assert cite == [arithmetic.reference(problem, "cite") for problem in batch]
     assert all(slot in slots for slot, slots in zip(true, valid))
     assert all(true[i] == true[i + 1] == true[i + 2] for i in range(0, 600, 3))
     assert 60 < sum(map(arithmetic.cites, true[::3])) < 140  # both styles, evenly

@@ -24,13 +24,14 @@ def test_every_arm_is_a_command_line_of_its_own():
     for name, experiment in reproduce.EXPERIMENTS.items():
         arms = [config.parse(f"{experiment.common} {arm}".split()) for arm in experiment.arms.values()]
         assert len({str(arm.run_key()) for arm in arms}) == len(arms), name
-        assert len({arm.steps for arm in arms}) == len({arm.batch_size for arm in arms}) == 1  # one budget
+        if name != "sizes":  # bare commands, each with its own recipe
+            assert len({arm.steps for arm in arms}) == len({arm.batch_size for arm in arms}) == 1  # one budget
         folders = [arm.replace(", ", "-").replace(" ", "-") for arm in experiment.arms]
         assert len(set(folders)) == len(folders)
 
 
-def test_all_of_it_fits_into_two_hours_on_two_cores():
-    assert sum(e.seconds * e.seeds * len(e.arms) for e in reproduce.EXPERIMENTS.values()) < 2 * 2 * 3600
+def test_all_of_it_fits_into_six_hours_on_two_cores():
+    assert sum(e.seconds * e.seeds * len(e.arms) for e in reproduce.EXPERIMENTS.values()) < 2 * 6 * 3600
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_folder_of_another_run_a_refused_one_and_a_diverging_one(tiny):
     with pytest.raises(SystemExit, match="holds another run"):
         tiny(opd=f"{diverging} 1e37")
     (tiny.out / "tiny" / "rlsd").mkdir()
-    (tiny.out / "tiny" / "rlsd" / "rlsd-add1-seed0").write_text("a file where the run's folder should be")
+    (tiny.out / "tiny" / "rlsd" / "rlsd-add2-seed0").write_text("a file where the run's folder should be")
     with pytest.raises(SystemExit, match="reproduce.py: python train.py .*\n.*cannot make"):
         tiny(rlsd="--method rlsd")
 

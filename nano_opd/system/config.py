@@ -68,8 +68,9 @@ class Config:
     reference: str = option(
         "true",
         "r that the self-teacher P_T reads and the student P_S does not: this problem's, drawn among the valid ones "
-        "(true); always the worked solution, so that I(Y; R | X) = 0 (work); another problem's (shuffled); or none",
-        choices=("true", "work", "shuffled", "none"),
+        "(true); always the worked solution, or always the answer alone, so that I(Y; R | X) = 0 (work, cite); another "
+        "problem's (shuffled); or none",
+        choices=("true", "work", "cite", "shuffled", "none"),
         **SELF_TAUGHT,
     )
     teacher_sync: int = option(0, "updates between copies of θ into P_T: 0 is frozen, 1 live", low=0, **SELF_TAUGHT)
