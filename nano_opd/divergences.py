@@ -84,7 +84,7 @@ DIVERGENCES = {
 def shift(d: Divergence, c: float) -> Divergence:
     """The same divergence in the generator f + c(u−1), which OPD does not take for the same."""
     return Divergence(
-        f"{d.name} + {c:g} (u−1)",
+        f"{d.name},c={c:g}",
         f=lambda x: d.f(x) + c * expm1(x),
         f_prime=lambda x: d.f_prime(x) + c,
         unbiased=lambda x: d.unbiased(x) + c,
@@ -92,23 +92,31 @@ def shift(d: Divergence, c: float) -> Divergence:
 
 
 def get(name: str) -> Divergence:
-    """The divergence called `name`; "alpha=<float>" is any member of the α-family.
+    """The divergence called `name`; "alpha=<float>" is any member of the α-family, and "jsd,c=-0.25" one in f + c(u−1).
 
     Raises ValueError, listing the known names, when there is no such divergence.
     """
     if name in DIVERGENCES:
         return DIVERGENCES[name]
+    base, comma, c = name.partition(",c=")
+    if comma:
+        return shift(get(base), _number(c, "c", name))
     if name.startswith("alpha="):
-        try:
-            alpha = float(name.removeprefix("alpha="))
-        except ValueError:
-            alpha = math.nan
-        if not abs(alpha) <= 10:
-            raise ValueError(f"divergence {name!r}: alpha must be a number from -10 to 10, as in alpha=0.5")
+        alpha = _number(name.removeprefix("alpha="), "alpha", name)
         f, f_prime = lambda x: _alpha_f(x, alpha), lambda x: _box_cox(x, alpha - 1)
         return Divergence(name, f, f_prime, unbiased=lambda x: _box_cox(x, alpha))
     hint = did_you_mean(name, DIVERGENCES)
     raise ValueError(f"unknown divergence {name!r}{hint}; choose from {', '.join(DIVERGENCES)}, alpha=<float>")
+
+
+def _number(text: str, of: str, name: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not abs(number) <= 10:
+        raise ValueError(f"divergence {name!r}: {of} must be a number from -10 to 10, as in {of}=0.5")
+    return number
 
 
 def _jsd_f(x: Tensor) -> Tensor:

@@ -49,9 +49,9 @@ def update(advantage: Callable[[Tensor, Tensor], Tensor], log_p: Tensor, log_q: 
 
 
 def paths(
-    advantage: Callable[[Tensor, Tensor], Tensor], starts: Tensor, log_q: Tensor, steps: int = 3000, size: float = 0.05
+    advantage: Callable[[Tensor, Tensor], Tensor], starts: Tensor, log_q: Tensor, steps: int = 800, size: float = 0.2
 ) -> Tensor:
-    """Students (S, V), as logits, that follow the expected update: their probabilities after each step, (steps+1, S, V).
+    """Students (S, V), as logits, that follow the expected update: their probabilities on the way, (steps+1, S, V).
 
     A step is the update, but no longer than `size` in the logits: far from the teacher the way is the same, in more
     steps. A student that has put 0.999 on one token stays there.

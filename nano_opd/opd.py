@@ -19,8 +19,8 @@ D_h is a divergence, with its minimum at the teacher, if and only if f never ris
 entry of divergences.py rises for u > 1, and there h bends down. Where f′(∞) > 0, as for all of these, D_h has no lower
 bound: a token that the teacher likes brings p h(u) = q h(u)/u → −∞ as p → 0. This is the collapse.
 
-Every advantage A(u) is such a w_h: Go et al., arXiv 2302.08215, and Fawkes & Hartford, arXiv 2605.15417, in other words.
-What it says of the stop-gradient is derived here.
+That every advantage A(u) is such a w_h is due to Go et al., arXiv 2302.08215, and Fawkes & Hartford, arXiv 2605.15417.
+What it says of the stop-gradient is derived here (judge.py has the proof).
 """
 
 import torch

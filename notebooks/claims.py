@@ -1,27 +1,18 @@
-"""What the papers claim and what the runs of reproduce.py say of it: the tables and figures of the READMEs.
-
-    python notebooks/claims.py                      notebooks/results/ → its figures and the tables of three READMEs
-    python notebooks/claims.py out/quick/results    another folder of results: its figures, and the tables printed
+"""What the papers claim, and what the runs of reproduce.py say of it; pages.py puts it into the READMEs.
 
 notebooks/README.md says how a claim is tested and what each verdict means.
 """
 
-import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import bench
 import figures
 import reproduce
-from matplotlib.figure import Figure
 from seeds import equivalence_p, holm, mean_interval, paired_p
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "notebooks" / "results"
 Results = dict[str, list[list[dict]]]  # arm → one list of rows per seed
 
 MARGIN = {"accuracy": (0.05, "± 0.05"), "grad_norm": (math.log(1.5), "a factor 1.5")}  # within it two are the same
@@ -157,13 +148,24 @@ CLAIMS = {
         Claim("GRPO does not leak (citing answers − 0.01)", "grpo", 0.01, -1, "yes", "leak_rate"),
         Claim("RLSD does not leak (citing answers − 0.01)", "rlsd", 0.01, -1, "yes", "leak_rate"),
         Claim("a wide clip leaks (ε_w = 10 − 0.2, λ = 1)", "λ=1, ε_w=10", "λ=1, ε_w=0.2", +1, "", "leak_rate"),
-        Claim("x determines r: OPSD does not leak (− 0.01)", "opsd, work", 0.01, -1, "I(Y; R | X) = 0", "leak_rate"),
-        Claim("x determines r: OPSD ends higher for it", "opsd, work", "opsd", +1),
+        Claim("always the work reference: OPSD does not leak (− 0.01)", "opsd, work", 0.01, -1, "I = 0", "leak_rate"),
+        Claim("always the work reference: OPSD ends higher for it", "opsd, work", "opsd", +1),
+        Claim("always the cite reference: OPSD does not leak (− 0.01)", "opsd, cite", 0.01, -1, "I = 0", "leak_rate"),
+        Claim("always the cite reference: OPSD ends below its start", "opsd, cite", "@ start", -1),
+        Claim("always the cite reference: RLSD does not leak (− 0.01)", "rlsd, cite", 0.01, -1, "", "leak_rate"),
+        Claim("RLSD's published schedule ends above GRPO, G = 8", "rlsd, published", "grpo, G=8", +1, "56.18 − 53.86"),
         Claim("RLSD's entropy ends below GRPO's (2606.04036)", "rlsd", "grpo", -1, "collapses late", "entropy"),
     ],
     # derived in this project, or asked by it
     "beyond": [
         *(Claim(f"{name}: OPD+ ends above OPD", *pair(name)[::-1], +1) for name in reproduce.DIVERGENCES[3:]),
+        Claim("jsd in its falling generator: OPD ends where OPD+ does", "opd, jsd_falling", JSD[1], 0),
+        Claim("jsd with c = −¼, right only near the teacher: OPD collapses", "opd, jsd,c=-0.25", "@ start", -1),
+        *(
+            Claim(f"{name.split(',')[0]} in its falling generator: OPD ends higher for it", f"opd, {name}", old, +1)
+            for name in ("hellinger,c=-1", "tv,c=-0.5")
+            for old in pair(name.split(",")[0])[:1]
+        ),
         *(
             Claim(f"{name}, full vocabulary, no action noise: OPD+ ends above OPD", *pair(name, "full")[::-1], +1)
             for name in ("forward_kl", "jsd")
@@ -175,21 +177,13 @@ CLAIMS = {
     ],
     # settings in which token-level credit might matter: RLSD − GRPO, all else the same
     "search": [
-        *(Claim(name, f"rlsd, {name}", f"grpo, {name}", +1) for name in reproduce.BOTH),
+        *(Claim(name, f"rlsd, {name}", f"grpo, {name}", +1) for name in ("add 5", "mul 3", "mix 3")),
         *(Claim(name, f"rlsd, {name}", "grpo", +1) for name in reproduce.RLSD_ONLY),
         *(Claim(name, name, "grpo", +1) for name in reproduce.EXPERIMENTS["rlsd_clip"].arms),
         Claim("λ=1, ε_w=10, worked reference", "λ=1, ε_w=10, work", "grpo", +1),
     ],
     # the largest of them, tested once on seeds that had no part in finding it
     "confirm": [Claim("sync 50, fresh seeds", "rlsd, sync 50, fresh seeds", "grpo, fresh seeds", +1)],
-}
-DENSE = {
-    "OPD+, JSD, sampled token": JSD[1],
-    "OPD+, JSD, exact baseline": BASELINE,
-    "OPD+, JSD, full vocabulary": "opdplus, jsd, full",
-    "OPD, reverse KL, sampled token": REVERSE[0],
-    "supervised, worked solutions": "sft",
-    "GRPO, one reward per response": SPARSE,
 }
 # The rows of README.md's table, and why a result differs from the published one, as far as the CSVs show it.
 FOUND = {
@@ -270,130 +264,3 @@ def leaks(results: Results) -> str:
     leak = {arm: [seed[-1]["leak_rate"] > 0.2 for seed in results[arm]] for arm in arms}
     counts = [f"{sum(seeds)} of {len(seeds)} under `{arm}`" for arm, seeds in leak.items()]
     return f"Seeds that cite in more than 0.2 of their answers at the end: {', '.join(counts)}."
-
-
-def rollouts_to(rows: list[dict], level: float) -> float:
-    """Rollouts until the held-out accuracy first reaches a level, on straight lines between evaluations; else ∞."""
-    for before, row in zip([rows[0], *rows], rows):
-        if row["accuracy"] >= level:
-            rise = row["accuracy"] - before["accuracy"]
-            part = (level - before["accuracy"]) / rise if rise else 0
-            return before["rollouts"] + part * (row["rollouts"] - before["rollouts"])
-    return math.inf
-
-
-def dense_table(results: Results) -> str:
-    """How many rollouts each signal needs; median, and the range over seeds."""
-    rows = []
-    for name, arm in ((name, arm) for name, arm in DENSE.items() if arm in results):
-        cells = [number(statistics.mean(seed[0]["accuracy"] for seed in results[arm]))]
-        for level in (0.5, 0.8):
-            needed = [rollouts_to(seed, level) for seed in results[arm]]
-            three = min(needed), statistics.median(needed), max(needed)
-            low, middle, high = (f"{n:,.0f}" if n < math.inf else "not reached" for n in three)
-            cells.append(f"{middle} ({low} … {high})")
-        rows.append([name, *cells, interval([seed[-1]["accuracy"] for seed in results[arm]])])
-    return table("signal | start | rollouts to 0.5 | rollouts to 0.8 | accuracy at the end [95 %]", rows)
-
-
-def arms_table(results: Results) -> str:
-    """Every arm at its end; gradient norms are means over training."""
-    rows, columns = [], ("accuracy", "kl", "response_length", "leak_rate")
-    for name, experiment in reproduce.EXPERIMENTS.items():
-        for arm in filter(results.get, experiment.arms):
-            accuracy, kl, length, cites = ([seed[-1].get(column) for seed in results[arm]] for column in columns)
-            norm = statistics.mean(mean_of(seed, "grad_norm") for seed in results[arm])
-            cells = [interval(accuracy), f"{min(accuracy):.3f} … {max(accuracy):.3f}"]
-            cells += [number(statistics.mean(kl)), number(statistics.mean(length), 1), f"{norm:.3g}"]
-            cells += ["" if None in cites else number(statistics.mean(cites))]
-            rows.append([f"`{name}`", arm, str(len(accuracy)), *cells])
-    head = "experiment | arm | seeds | accuracy [95 %] | worst … best | KL to teacher | length | gradient norm | cite"
-    return table(head, rows)
-
-
-def provenance_table(folder: Path) -> str:
-    """How each experiment was made."""
-    notes = [list(note.values()) for note in reproduce.read(folder / "provenance.csv")]
-    head = "experiment | commit | date | python | torch | numpy | processor | threads"
-    return table(head, [[f"`{name}`", *rest] for name, *rest in notes])
-
-
-def tables(folder: Path) -> dict[str, str]:
-    """Every table of every README, by name."""
-    results = load(folder)
-    made = {f"claims {name}": claims_table(claims, results) for name, claims in CLAIMS.items()}
-    made |= {"found": found_table(results), "leaks": leaks(results), "dense": dense_table(results)}
-    return made | {"arms": arms_table(results), "provenance": provenance_table(folder)} | speed_tables(folder)
-
-
-def speed_tables(folder: Path) -> dict[str, str]:
-    """What speed.py measured, each table under the machine that it was measured on."""
-    path = folder / "speed.json"
-    measured = json.loads(path.read_text()) if path.exists() else {}
-    measured.pop("scaling", None)  # is drawn
-    return {f"speed {name}": f"{t['machine']}:\n\n{bench.markdown(t['rows'])}" for name, t in measured.items()}
-
-
-def draw(folder: Path) -> dict[str, Figure]:
-    """The figures, by the names of their files."""
-    results = load(folder)
-    there = lambda arms: {label: results[arm] for label, arm in arms.items() if arm in results}
-    pairs = {"reverse KL": REVERSE, "forward KL": FORWARD, "Jensen–Shannon": JSD}
-    panels = {name: there(dict(zip(("OPD", "OPD+"), arms))) for name, arms in pairs.items()}
-    arms = there({arm: arm for arm in reproduce.EXPERIMENTS["rlsd"].arms})
-    only = lambda *names: {arm: seeds if arm in names else [] for arm, seeds in arms.items()}
-    close = {arm: minus(seeds, arms["grpo"]) for arm, seeds in only("grpo+opsd", "rlsd", "rlsd, shuffled").items()}
-    return {
-        "collapse.png": figures.seed_panels(panels, "accuracy", "held-out accuracy"),
-        "dense.png": figures.seed_panels({"": there(DENSE)}, "accuracy", "held-out accuracy", "rollouts"),
-        "rlsd.png": figures.seed_panels(
-            {"held-out accuracy": only("grpo", "opsd"), "the same minus GRPO's": close, "answers that cite": arms},
-            ["accuracy", "difference", "leak_rate"],
-            ["fraction", "", ""],
-        ),
-    }
-
-
-def minus(seeds: list[list[dict]], others: list[list[dict]]) -> list[list[dict]]:
-    """Accuracy minus that of another arm, seed by seed and step by step."""
-    return [
-        [{"step": row["step"], "difference": row["accuracy"] - other["accuracy"]} for row, other in zip(*both)]
-        for both in zip(seeds, others)
-    ]
-
-
-def fill(text: str, filled: dict[str, str]) -> str:
-    """The text with its blocks replaced. Raises ValueError for a block that it does not have exactly once."""
-    for name, block in filled.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"{begin} … {end} must stand exactly once")
-        text = text[: text.index(begin) + len(begin)] + f"\n{block}\n" + text[text.index(end) :]
-    return text
-
-
-def pages(folder: Path) -> dict[Path, str]:
-    """Each README that tables stand in, and its text with the tables of these results."""
-    filled: dict[Path, dict[str, str]] = {}
-    for name, text in tables(folder).items():
-        folder_of = {"found": ROOT, "speed": ROOT / "nano_opd" / "system"}.get(name.split()[0], ROOT / "notebooks")
-        filled.setdefault(folder_of / "README.md", {})[name] = text
-    return {path: fill(path.read_text(), texts) for path, texts in filled.items()}
-
-
-def main() -> None:
-    """Write the figures and the READMEs, or the figures of another folder, and print its tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, help="of CSVs (default: notebooks/results, into the READMEs)")
-    folder = parser.parse_args().folder
-    for name, figure in draw(folder or RESULTS).items():
-        figures.save(figure, (folder or RESULTS) / name)
-    if folder:
-        print(*(f"## {name}\n\n{text}\n" for name, text in tables(folder).items()), sep="\n")
-    else:
-        for path, text in pages(RESULTS).items():
-            path.write_text(text)
-
-
-if __name__ == "__main__":
-    main()

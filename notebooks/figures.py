@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +11,31 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from seeds import mean_interval
 
 from nano_opd import divergences
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-OWN_COLOR = {"OPD+": COLORS[0], "OPD": COLORS[1], "exact": COLORS[6]}  # the same in every figure
+NAMES = {  # of divergences, in every figure and table
+    "reverse_kl": "reverse KL",
+    "forward_kl": "forward KL",
+    "jsd": "Jensen–Shannon",
+    "pearson_chi2": "Pearson χ²",
+    "neyman_chi2": "Neyman χ²",
+    "hellinger": "Hellinger",
+    "tv": "total variation",
+    "k3": "k3",
+    "jsd_falling": "JSD, falling",
+    "alpha=0.5": "α = ½",
+}
+# The same in every figure: blue and vermilion for the two methods, grey and black for what is neither.
+OWN_COLOR = {"OPD+": COLORS[0], "OPD": COLORS[1], "exact": COLORS[6], "teacher q": "#303030", "student p": "#A0A0A0"}
+OWN_COLOR |= {"f": COLORS[0], "h": COLORS[1], "bias²": "#303030", "variance": "#A0A0A0"}
+OWN_COLOR |= dict(
+    zip(["reverse KL", "forward KL", "Jensen–Shannon", "Hellinger", "Pearson χ²"], COLORS[2:6] + ["#808080"])
+)
 
 
 def read_results(path: Path | str) -> dict[str, list[list[dict]]]:
@@ -76,6 +96,27 @@ def _bands(ax, results: dict[str, list[list[dict]]], column: str, x: str = "step
         ax.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
 
 
+def sweep(panels: dict[str, dict[str, list[tuple[float, list[float]]]]], xlabel: str) -> Figure:
+    """Held-out accuracy over an option, three panels in a row: {title: {arm: [(x, one value per seed), …]}}.
+
+    Points are means over the seeds with their 95 % intervals; the arm "start" is drawn as a level.
+    """
+    figure, axes = _axes(list(panels), "held-out accuracy", 2.7, columns=3)
+    for ax, arms in zip(axes, panels.values()):
+        for n, (arm, points) in enumerate((arm, points) for arm, points in arms.items() if points):
+            x, intervals = [x for x, _ in points], [mean_interval(values) for _, values in points]
+            mean, low, high = np.array(intervals).T
+            if arm == "start":
+                ax.axhline(np.mean(mean), color="#808080", linestyle=":", label=arm)
+                continue
+            style = {"color": OWN_COLOR.get(arm.split(",")[0], COLORS[n]), "capsize": 2, "marker": "o", "markersize": 4}
+            error = [np.subtract(mean, low), np.subtract(high, mean)]
+            ax.errorbar(x, mean, error, label=arm, linestyle="--" if "," in arm else "-", **style)
+        ax.set(xscale="log", xlabel=xlabel, xlim=(1e-4, 4e-2), ylim=(-0.02, 1.02))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
 def digest(figure: Figure) -> str:
     """A fingerprint of what a figure shows: every line's and area's points to four digits, and every label and title.
 
@@ -93,7 +134,15 @@ def digest(figure: Figure) -> str:
 
 def save(figure: Figure, path: Path | str) -> None:
     """As PNG on white, legible on a dark page too, with its digest in the file."""
-    figure.savefig(path, dpi=130, facecolor="white", metadata={"Digest": digest(figure), "Software": None})
+    drawn, note = io.BytesIO(), PngInfo()
+    figure.savefig(drawn, dpi=130, facecolor="white")
+    note.add_text("Digest", digest(figure))
+    few_colors(drawn.getvalue()).save(path, optimize=True, pnginfo=note)
+
+
+def few_colors(png: bytes) -> Image.Image:
+    """A picture in 48 colours, enough for lines and bars: a third of the bytes."""
+    return Image.open(io.BytesIO(png)).convert("RGB").quantize(48, dither=Image.Dither.NONE)
 
 
 def token_credit(rows: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:
@@ -132,7 +181,7 @@ def _axes(panels: Sequence[str], ylabel: str | Sequence[str], height: float, col
 
 def rewards(log_u: np.ndarray, divergence_names: Sequence[str]) -> Figure:
     """−f(u) and w_f(u) of each divergence against log u, over the histogram of the log u (N,) of sampled tokens."""
-    figure, axes = _axes(divergence_names, "advantage", 2.3, columns=3)
+    figure, axes = _axes([NAMES.get(name, name) for name in divergence_names], "advantage", 2.3, columns=3)
     x = torch.linspace(-8, 4, 481, dtype=torch.float64)
     for n, (ax, name) in enumerate(zip(axes, divergence_names)):
         divergence = divergences.get(name)
@@ -203,10 +252,25 @@ def curves(
             if label not in measured:
                 ax.plot(x, y, linestyle="--", linewidth=1, **style)
             else:
-                marker = "os^DvPX"[n] if len(x) < 30 else None
+                marker = "os^DvPX"[n] if len(x) < 26 else None
                 ax.errorbar(x, y, *error, linestyle="" if error else "-", marker=marker, ms=4, capsize=2, **style)
         ax.set(xlabel=xlabel, xscale=xscale, yscale=yscale)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str, truth: float) -> Figure:
+    """Distributions with their means, {panel title: {label: values}}, and the value that should be met."""
+    figure, axes = _axes(list(panels), "density", 2.5)
+    for ax, series in zip(axes, panels.values()):
+        low, high = np.percentile(np.concatenate([*series.values()]), [1, 99])
+        for label, values in series.items():
+            color = OWN_COLOR[label]
+            ax.hist(values, np.linspace(low, high, 50), density=True, color=color, alpha=0.4, label=label)
+            ax.axvline(values.mean(), color=color, linewidth=1.5)
+        ax.axvline(truth, color="black", linestyle=":", label="truth")
+    figure.supxlabel(xlabel, fontsize="medium")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 

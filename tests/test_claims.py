@@ -9,6 +9,7 @@ from pathlib import Path
 
 import claims
 import figures
+import pages
 import pytest
 import reproduce
 from PIL import Image
@@ -25,27 +26,27 @@ ARMS = {arm for experiment in reproduce.EXPERIMENTS.values() for arm in experime
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 def test_the_readmes_say_what_the_results_say(page):
-    made = claims.pages(RESULTS)
+    made = pages.pages(RESULTS)
     assert set(made) == set(PAGES)
-    assert made[page] == page.read_text(), "run python notebooks/claims.py"
+    assert made[page] == page.read_text(), "run python notebooks/pages.py"
 
 
 def test_every_block_of_a_readme_is_filled():
     marked = [name for page in PAGES for name in re.findall(r"<!-- (\w[\w ]*) -->", page.read_text())]
-    assert sorted(marked) == sorted(claims.tables(RESULTS))
+    assert sorted(marked) == sorted(pages.tables(RESULTS))
 
 
 def test_the_figures_are_those_of_the_results():
-    drawn = claims.draw(RESULTS)
+    drawn = pages.draw(RESULTS)
     assert {path.name for path in RESULTS.glob("*.png")} == {*drawn, "scaling.png"}  # which notebooks/speed.py draws
     for name, figure in drawn.items():
-        assert Image.open(RESULTS / name).text["Digest"] == figures.digest(figure), "run python notebooks/claims.py"
+        assert Image.open(RESULTS / name).text["Digest"] == figures.digest(figure), "run python notebooks/pages.py"
 
 
 def test_each_figure_is_linked_where_it_is_explained():
     linked = [re.findall(r"\]\(([\w./]+\.png)\)", page.read_text()) for page in PAGES[:2]]
-    assert "notebooks/results/collapse.png" in linked[0]
-    assert sorted(linked[1]) == ["results/dense.png", "results/rlsd.png"]
+    assert sorted(linked[0]) == ["notebooks/results/collapse.png", "notebooks/results/flow.png"]
+    assert sorted(linked[1]) == ["results/dense.png", "results/rate.png", "results/rlsd.png"]
     for page, links in zip(PAGES, linked):
         assert all((page.parent / link).exists() for link in links)
 
@@ -61,9 +62,9 @@ def test_one_other_number_in_a_csv_is_another_readme_and_another_figure(tmp_path
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    before, after = (claims.tables(f) for f in (RESULTS, folder))
-    assert {name for name in before if before[name] != after[name]} == {"dense"}
-    before, after = (claims.draw(f) for f in (RESULTS, folder))
+    before, after = (pages.tables(f) for f in (RESULTS, folder))
+    assert {name for name in before if before[name] != after[name]} == {"dense", "methods", "sizes"}
+    before, after = (pages.draw(f) for f in (RESULTS, folder))
     differ = {name for name in before if figures.digest(before[name]) != figures.digest(after[name])}
     assert differ == {"collapse.png", "dense.png"}
 
@@ -85,7 +86,7 @@ def test_every_claim_names_arms_columns_and_experiments_that_exist():
         assert claim.expected or claim.column in claims.MARGIN, claim
         for side in (claim.first, claim.second):
             assert "@" not in str(side) or side.split("@ ")[1] in claims.MOMENTS, claim
-    assert set(claims.DENSE.values()) <= ARMS
+    assert set(pages.DENSE.values()) <= ARMS
 
 
 def seeds(*ends: float, column="accuracy") -> list[list[dict]]:
@@ -167,7 +168,7 @@ def test_p_values_are_corrected_for_the_claims_that_were_run():
 
 
 def test_the_short_table_repeats_the_long_ones():
-    tables = claims.tables(RESULTS)
+    tables = pages.tables(RESULTS)
     long = {row[0]: row for name in tables if name.startswith("claims") for row in cells(tables[name])}
     for (text, published, here, why), reason in zip(cells(tables["found"]), claims.FOUND.values(), strict=True):
         assert [published, here] == [long[text][1], f"{long[text][2]} {long[text][5]}"]
@@ -212,16 +213,16 @@ def test_the_seeds_that_leak_are_counted():
 
 def test_rollouts_to_a_level_lie_on_the_line_between_two_evaluations():
     rows = [{"accuracy": a, "rollouts": r} for a, r in ((0.1, 0), (0.4, 100), (0.6, 200), (0.5, 300), (0.9, 400))]
-    assert claims.rollouts_to(rows, 0.5) == pytest.approx(150) and claims.rollouts_to(rows, 0.8) == pytest.approx(375)
-    assert claims.rollouts_to(rows, 0.1) == 0 and claims.rollouts_to(rows, 0.95) == math.inf
+    assert pages.rollouts_to(rows, 0.5) == pytest.approx(150) and pages.rollouts_to(rows, 0.8) == pytest.approx(375)
+    assert pages.rollouts_to(rows, 0.1) == 0 and pages.rollouts_to(rows, 0.95) == math.inf
 
 
 def test_blocks_are_filled_between_their_marks_and_nowhere_else():
     text = "a\n<!-- x -->\nold\n<!-- /x -->\nb"
-    assert claims.fill(text, {"x": "new"}) == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
+    assert pages.fill(text, {"x": "new"}) == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
     for broken in ("a", text + text):
         with pytest.raises(ValueError, match="exactly once"):
-            claims.fill(broken, {"x": "new"})
+            pages.fill(broken, {"x": "new"})
 
 
 def test_what_the_readme_says_one_sees_is_in_the_results():

@@ -177,9 +177,15 @@ def test_limits(name, dtype):
 
 def test_names():
     assert divergences.get("alpha=0.25").name == "alpha=0.25"
+    for name in ("jsd,c=-0.25", "alpha=0.5,c=2"):
+        assert divergences.get(name).name == name
+    moved, jsd, e = divergences.get("jsd,c=-0.25"), divergences.get("jsd"), torch.ones(1)
+    assert moved.f(e).item() == pytest.approx(jsd.f(e).item() - math.expm1(1) / 4)
+    with pytest.raises(ValueError, match="unknown divergence 'jds' .did you mean jsd"):
+        divergences.get("jds,c=1")
     with pytest.raises(ValueError, match="did you mean forward_kl.*reverse_kl.*alpha=<float>"):
         divergences.get("forwardkl")
-    for bad in ("alpha=", "alpha=nan", "alpha=inf", "alpha=x", "alpha=1e60"):
+    for bad in ("alpha=", "alpha=nan", "alpha=inf", "alpha=x", "alpha=1e60", "jsd,c=", "jsd,c=inf"):
         with pytest.raises(ValueError, match="number from -10 to 10"):
             divergences.get(bad)
 

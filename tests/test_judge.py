@@ -7,7 +7,7 @@ import torch
 
 from nano_opd import divergences, exact, opd, opdplus
 from nano_opd.divergences import shift
-from nano_opd.judge import generator
+from nano_opd.judge import generator, paths, update
 
 NAMES = [*divergences.DIVERGENCES, "alpha=-0.5", "alpha=0.5", "alpha=1.7"]
 NEVER_RISES = ("reverse_kl", "jsd_falling")
@@ -120,3 +120,33 @@ def test_a_divergence_has_a_bound_and_what_opd_descends_has_one_only_if_f_never_
     p = torch.randn(500, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(2).log_softmax(-1)
     D = (p.exp() * h.f(q.log() - p)).sum(-1)
     assert (D < 0).any() == rises
+
+
+def test_the_expected_update():
+    """p (A − E_p[A]) is the mean over the vocabulary of A_v ∇log p_v, by autograd, for any A of p and q."""
+    z, log_q = torch.randn(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    A = lambda log_p, log_q: log_q**2 - log_p.exp()
+    z.requires_grad_()
+    log_p = z.log_softmax(-1)
+    (want,) = torch.autograd.grad((log_p.exp() * A(log_p, log_q)).detach() @ log_p, z)
+    torch.testing.assert_close(update(A, log_p.detach(), log_q), want)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "jsd_falling", "hellinger"])
+def test_where_the_expected_updates_lead(name):
+    """From 25 students: OPD+ to the teacher, OPD only if f never rises, else to a corner; a liked token has u > 50."""
+    d, q = divergences.get(name), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    starts = torch.randn(25, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ways = {
+        A: paths(lambda log_p, log_q, A=A: A(log_q - log_p), starts, q.log()) for A in (d.unbiased, d.stop_gradient)
+    }
+    for A, way in ways.items():
+        torch.testing.assert_close(way[0], starts.softmax(-1))
+        if A == d.unbiased or name in NEVER_RISES:
+            torch.testing.assert_close(way[-1], q.expand(25, 3), rtol=0, atol=1e-6)
+        else:
+            assert (way[-1].amax(-1) > 0.999).all() and (q / way[-1]).amax(-1).min() > 50
+        steps = way.log().diff(dim=0) - way.log().diff(dim=0).mean(
+            -1, keepdim=True
+        )  # of the logits, but for a constant
+        assert steps.norm(dim=-1).max() <= 0.2 + 1e-9

@@ -128,4 +128,4 @@ def test_the_new_divergence_task_and_method_do_what_the_readme_says(extended):
     command = [sys.executable, "-c", CHECK, str(extended / "out")]
     done = subprocess.run(command, cwd=extended, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len([*(extended / "out").glob("*double1*/metrics.csv")]) == 3
+    assert len([*(extended / "out").glob("*double2*/metrics.csv")]) == 3

@@ -34,7 +34,7 @@ RECIPE = {"steps": 400, "batch_size": 128, "lr": 5e-3, "student_steps": 110, "te
 OF_TASK = {"mul": {"teacher_steps": 800, "steps": 800}, "mix": {"teacher_steps": 1600, "steps": 800}}
 EFFORT = {"sub": 1.25, "mul": 1.5, "mix": 2.5}
 SELF_TAUGHT = {"needs": lambda method: method.teacher == "self"}
-GENERATORS = ", ".join(divergences.DIVERGENCES) + ", alpha=<float>"
+GENERATORS = ", ".join(divergences.DIVERGENCES) + ", alpha=<float>; <name>,c=<float> is f + c(u−1)"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Config:
                 raise ValueError(f"{_flag(field.name)} {value}: must be {allowed}")
         divergences.get(self.divergence)
         if self.digits == 1:
-            raise ValueError("--digits 1: a problem is a single column, so no held-out one was ever taught; give 2 or more")
+            raise ValueError("--digits 1: a problem is one column, so no held-out one is ever taught; give 2 or more")
         if self.variance == "full" and "variance" in METHODS[self.method].options:
             if self.gamma > 0:
                 raise ValueError(
