@@ -91,6 +91,12 @@ def shift(d: Divergence, c: float) -> Divergence:
     )
 
 
+def clipped(d: Divergence, bound: float) -> Divergence:
+    """The same functions of log u clipped to ± bound nats: advantages that are bounded, and biased."""
+    clip = lambda function: lambda x: function(x.clamp(-bound, bound))
+    return Divergence(f"{d.name}, clipped", clip(d.f), clip(d.f_prime), clip(d.unbiased))
+
+
 def get(name: str) -> Divergence:
     """The divergence called `name`; "alpha=<float>" is any member of the α-family, and "jsd,c=-0.25" one in f + c(u−1).
 

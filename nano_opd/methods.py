@@ -56,8 +56,11 @@ def distillation_loss(estimator: ModuleType, s: Scored, divergence, gamma, varia
     log_u = s.teacher_logp - s.student_logp
     if log_u_clip > 0:
         measured["clip_fraction"] = (log_u.abs() > log_u_clip)[s.mask].float().mean()
-        log_u = log_u.clamp(-log_u_clip, log_u_clip)
-    baseline = estimator.exact_baseline(s.student_logits, s.teacher_logits, f) if variance == "baseline" else None
+        f = divergences.clipped(f, log_u_clip)  # for the baseline too, or it would undo the clip
+    baseline = None
+    if variance == "baseline":
+        logits = [torch.where(s.mask.unsqueeze(-1), x, 0.0) for x in (s.student_logits, s.teacher_logits)]
+        baseline = estimator.exact_baseline(*logits, f)
     A = estimator.advantage(log_u, s.mask, f, gamma, baseline)
     return policy_gradient.loss(s.student_logp, A, s.mask, normalize), measured
 

@@ -43,7 +43,7 @@ ARMS = {
     "rlsd": "--method rlsd --epochs 2 --group-size 2 --lam 1 --eps-w 0.9",
     "shuffled": "--method rlsd --reference shuffled --lam 1 --eps-w 0.9",
 }
-RUN = "opdplus-jsd-sampled-add1-seed0-ranks2"
+RUN = "opdplus-jsd-sampled-add2-seed0-ranks2"
 
 
 def lucky(problems, rollout):

@@ -21,7 +21,7 @@ import torch
 import train
 from nano_opd import arithmetic, rollout
 from nano_opd.gpt import GPT
-from nano_opd.methods import METHODS
+from nano_opd.methods import METHODS, Scored
 from nano_opd.system import config
 from nano_opd.system.streams import draw_problems, torch_stream
 from nano_opd.tokenizer import EOS, PAD, decode, encode
@@ -45,6 +45,7 @@ KNOBS = [
     *({"method": m, "variance": v} for m in ("opd", "opdplus") for v in ("sampled", "baseline", "full")),
     *({"method": m, "gamma": g} for m in ("opd", "opdplus") for g in (0.5, 1.0)),
     {"method": "opdplus", "log_u_clip": 0.3},
+    {"method": "opdplus", "log_u_clip": 0.3, "variance": "baseline"},
     *({"method": m, "normalize": n} for m in ("opd", "grpo") for n in ("token_mean", "sequence_mean")),
     *({"method": "grpo", "epochs": 2, "loss_type": t} for t in ("grpo", "dr_grpo")),
     {"method": "grpo", "epochs": 3, "clip_low": 0.02, "clip_high": 0.3},
@@ -102,12 +103,14 @@ def model(cfg, who, seed):
 
 def operands(prompt):
     """(a, b) of the text of a prompt, behind a slot or not."""
-    return tuple(map(int, re.search(r"(\d)\+(\d)=$", prompt).groups()))
+    return tuple(map(int, re.search(r"(\d\d)\+(\d\d)=$", prompt).groups()))
 
 
 def worked(prompt):
     a, b = operands(prompt)
-    return f"{a}+{b}={a + b:02d} #{a + b:02d}"
+    ones = a % 10 + b % 10
+    tens = a // 10 + b // 10 + ones // 10
+    return f"{a % 10}+{b % 10}={ones:02d} {a // 10}+{b // 10}={tens:02d} #{a + b:03d}"
 
 
 def updated(sampling_seed=0, **knobs) -> Scene:
@@ -157,7 +160,7 @@ def distributions(model, prompt, response):
 
 def group_advantages(cfg, rows):
     """A_i of each response, from the texts."""
-    R = [float(decode(y).endswith(worked(decode(prompt))[-3:]) and y[-1] == EOS) for prompt, _, y in rows]
+    R = [float(decode(y).endswith(worked(decode(prompt))[-4:]) and y[-1] == EOS) for prompt, _, y in rows]
     assert [i for i, r in enumerate(R) if r] == list(RIGHT)
     A = []
     for first in range(0, len(R), cfg.group_size):
@@ -204,7 +207,7 @@ def distillation(cfg, p, q, y):
     if cfg.log_u_clip:
         u = u.log().clamp(-cfg.log_u_clip, cfg.log_u_clip).exp()
     for n, v in enumerate(y):
-        mean = (p[n] * own((q / p)[n])).sum().detach()
+        mean = (p[n] * own(u[n])).sum().detach()
         if cfg.variance == "full":
             total = total - (p[n] * own(u[n])).sum()  # Σ_v p_v A_v ∇log p_v = Σ_v A_v ∇p_v
             continue
@@ -282,18 +285,18 @@ def test_the_student_reads_the_problem_alone_and_a_self_teacher_a_reference_besi
     P = cfg.prompt_length
     (read,) = scene.student.read
     prompts = [decode(row) for row in read[:, :P]]
-    assert prompts == [("_____ " if itself or method.rewards else "") + prompt[-4:] for prompt in prompts]
+    assert prompts == [("________ " if itself or method.rewards else "") + prompt[-6:] for prompt in prompts]
     copies = [len(set(prompts[first : first + 4])) for first in range(0, 16, 4)]
     assert (copies == [1, 1, 1, 1]) == (itself or method.rewards)  # the responses to one problem stand together
     assert len(scene.teacher.read) == (method.teacher is not None)
     for theirs in scene.teacher.read:
         assert torch.equal(theirs[:, P:], read[:, P:])  # one response, two prompts
-        slots = [decode(row)[:5] for row in theirs[:, :P]]
-        assert [decode(row)[-4:] for row in theirs[:, :P]] == [prompt[-4:] for prompt in prompts]
+        slots = [decode(row)[:8] for row in theirs[:, :P]]
+        assert [decode(row)[-6:] for row in theirs[:, :P]] == [prompt[-6:] for prompt in prompts]
         if itself:
             # the work, or the answer to cite
-            answers = [f"{sum(operands(prompt)):02d}" for prompt in prompts]
-            assert all(slot in (f"{r}#{r}", f"@_#{r}") for slot, r in zip(slots, answers))
+            texts = [worked(prompt) for prompt in prompts]
+            assert all(slot in (t[4:6] + t[11:13] + t[14:], "@___" + t[14:]) for slot, t in zip(slots, texts))
             assert all(len(set(slots[first : first + 4])) == 1 for first in range(0, 16, 4))
             assert len({slot[0] == "@" for slot in slots}) == 2
         else:
@@ -359,6 +362,39 @@ def test_the_clipped_fraction_of_log_ratios_counts_both_sides():
     low, high = sum(x < -0.3 for x in log_u), sum(x > 0.3 for x in log_u)
     assert min(low, high) > 0 and low + high < len(log_u)
     assert scene.measured["clip_fraction"].item() == pytest.approx((low + high) / len(log_u))
+
+
+def test_what_stands_after_the_eos_has_no_baseline():
+    """A teacher and a student that share no token there would make its mean 0 · ∞."""
+    mask = torch.tensor([[True, True, False]])
+    student, teacher = torch.randn(2, 1, 3, 5, generator=torch.Generator().manual_seed(0))
+    logits = [x.clone() for x in (student, teacher)]
+    logits[0][0, 2, 1], logits[1][0, 2, 1] = -200.0, 200.0
+    gradients = []
+    for p, q in ((student, teacher), logits):
+        logp = torch.zeros(1, 3, requires_grad=True)
+        scored = Scored(torch.zeros(1, 3).long(), mask, logp, logp.detach(), torch.ones(1, 3), p, q)
+        options = dict(divergence="jsd", gamma=0.0, variance="baseline", log_u_clip=0.0, normalize="batch")
+        gradients += torch.autograd.grad(METHODS["opdplus"].loss(scored, **options)[0], logp)
+    assert torch.equal(*gradients) and gradients[0].isfinite().all()
+
+
+def test_a_clip_bounds_the_advantage_with_a_baseline_too():
+    """Pearson's u² − 1 has a mean of 117 under p = (.999, .0005, .0005) and q = (.5, .25, .25) without the clip."""
+    p, q = torch.tensor([0.999, 0.0005, 0.0005]).log(), torch.tensor([0.5, 0.25, 0.25]).log()
+    logp = p[:1, None].clone().requires_grad_()
+    scored = Scored(
+        torch.zeros(1, 1).long(),
+        torch.ones(1, 1).bool(),
+        logp,
+        logp.detach(),
+        q[:1, None],
+        p[None, None],
+        q[None, None],
+    )
+    options = dict(divergence="pearson_chi2", gamma=0.0, variance="baseline", log_u_clip=1.0, normalize="batch")
+    (minus_A,) = torch.autograd.grad(METHODS["opdplus"].loss(scored, **options)[0], logp)
+    assert abs(minus_A.item()) < 2 * (math.e**2 - 1)
 
 
 def test_a_gradient_is_shortened_to_grad_clip_and_reported_as_it_was():

@@ -171,7 +171,8 @@ MUTATIONS = {
         ("stop_gradient=estimator is opd", "stop_gradient=estimator is opdplus", "methods: distillation"),
         ("s.mask, f, gamma, baseline)", "s.mask, f, 0.0, baseline)", "methods: distillation"),
         ("s.mask, f, gamma, baseline)", "s.mask, f, gamma)", "methods: distillation"),
-        ("log_u.clamp(-log_u_clip, log_u_clip)", "log_u", "methods: distillation"),
+        ("f = divergences.clipped(f, log_u_clip)", "pass", "methods: distillation"),
+        ("torch.where(s.mask.unsqueeze(-1), x, 0.0)", "x", "methods: after the EOS"),
         (
             "policy_gradient.loss(s.student_logp, A, s.mask, normalize)",
             "policy_gradient.loss(s.student_logp, A, s.mask)",

@@ -70,7 +70,12 @@ def test_a_method_brings_its_own_recipe_and_a_flag_wins(method):
         "mul": (800, 800),
         "mix": (1600, 800),
     }
-    assert of["mix"].student_steps == (210 if careful else 300)  # what the method says comes last
+    start = 210 if careful else 110
+    wanted = {"add": start, "sub": 1.25 * start, "mul": 1.5 * start, "mix": 2.5 * start}
+    for task, steps in wanted.items():  # and in proportion to the digits
+        for digits in (3, 6):
+            cfg = config.parse(["--method", method, "--task", task, "--digits", str(digits)])
+            assert abs(cfg.student_steps - steps * digits / 3) <= 0.5
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +315,7 @@ def refused(capsys, *arguments) -> str:
         ("--device tpu", "--device tpu: choose from auto, cpu, cuda"),
         ("--device cuda:99", "--device cuda:99: this machine has no such device"),
         ("--digits 0", "--digits 0: must be from 1 to 8"),
+        ("--digits 1", "--digits 1: a problem is one column, so no held-out one is ever taught"),
         ("--digits 9", "--digits 9: must be from 1 to 8"),
         ("--digits 3.5", "--digits: invalid int value: '3.5'"),
         ("--gamma 1.5", "--gamma 1.5: must be from 0.0 to 1.0"),
@@ -356,7 +362,7 @@ def refused(capsys, *arguments) -> str:
         ("--method opsd --loss-type grpo", "--loss-type grpo means nothing with --method opsd"),
         ("--method rlsd --lam 1.5", "--lam 1.5: must be from 0.0 to 1.0"),
         ("--method rlsd --eps-w -1", "--eps-w -1.0: must be 0.0 or more"),
-        ("--method rlsd --reference false", "--reference false: choose from true, work, shuffled, none"),
+        ("--method rlsd --reference false", "--reference false: choose from true, work, cite, shuffled, none"),
         ("--method grpo --group-size 1", "--group-size 1: must be 2 or more"),
         ("--method grpo --batch-size 126", "--batch-size 126: must be a multiple of --group-size 4"),
         ("--method rlsd --batch-size 4 --reference shuffled", "--reference shuffled: needs two groups or more"),
