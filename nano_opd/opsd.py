@@ -8,14 +8,18 @@ own responses the student is brought nearer to the teacher over the whole vocabu
 Source: arXiv 2601.18734. What differs from the paper: any f-divergence; the teacher's weights are frozen, synced every
 N updates, or live.
 
-What cannot be matched (arXiv 2604.03128): the student does not see r. Under forward KL its best is the mean over r, and
-this much of the loss remains (another divergence has another optimum and another remainder, which is zero in the same
-cases):
+What cannot be matched (arXiv 2604.03128, §3.2, Theorem 1): the student does not see r. Under forward KL its best is the
+mean over r, and this much of the loss remains (another divergence has another optimum and another remainder, which is
+zero in the same cases):
 
     I(Y_n; R | X, Y_<n)  =  E_r KL( P_T(·|s, r) ‖ E_r′ P_T(·|s, r′) )
 
 On the student's responses r is independent of y_<n given x, so both means are over the references of x as they are
 drawn. A student at that optimum acts, some of the time, as if it had seen the reference.
+
+The paper calls the mean gradient benign and blames the deviation of each sample's, which is zero where the remainder is.
+That cannot be all. If r is always the bare answer, x determines it and both are zero; the teacher copies the answer, which
+the student cannot work out in one step, and in this toy OPSD then teaches it to write the mark and guess (notebook 03).
 """
 
 import math

@@ -231,6 +231,10 @@ def test_what_the_readme_says_one_sees_is_in_the_results():
         start, end = (statistics.mean(seed[n]["accuracy"] for seed in results[arm]) for n in (0, -1))
         assert f"accuracy from {start:.2f} to {end:.2f} in both" in readme
         assert all(seed[-1]["leak_rate"] < 0.01 for seed in results[arm])
+    for d, arm in (("OPD then", "opd, jsd_falling"), ("OPD+", "opdplus, jsd, sampled")):
+        end = claims.interval([seed[-1]["accuracy"] for seed in results[arm]])
+        assert re.search(re.escape(f"{d} ends at {end}" if "then" in d else f"{d} at {end}"), readme)
+    assert all(seed[-1]["accuracy"] == 0 for seed in results["opd, jsd, sampled"])
     begins = [
         next((row["step"] for row in seed if row["leak_rate"] > 0.1), None) for seed in results["opsd"]
     ]  # of answers that cite
