@@ -17,9 +17,9 @@ zero in the same cases):
 On the student's responses r is independent of y_<n given x, so both means are over the references of x as they are
 drawn. A student at that optimum acts, some of the time, as if it had seen the reference.
 
-The paper calls the mean gradient benign and blames the deviation of each sample's, which is zero where the remainder is.
-That cannot be all. If r is always the bare answer, x determines it and both are zero; the teacher copies the answer, which
-the student cannot work out in one step, and in this toy OPSD then teaches it to write the mark and guess (notebook 03).
+The paper calls the mean gradient benign and blames the deviation of each sample's, which is zero where the remainder
+is. That cannot be all. If r is always the bare answer, x determines it and both are zero. But the teacher copies an
+answer that the student cannot work out in one step, and here OPSD teaches it to write the mark and guess (notebook 03).
 """
 
 import math
