@@ -350,7 +350,7 @@ def test_the_stop_gradient_can_be_turned_around_by_the_generator(world):
 
 
 def test_k1_k2_and_k3(world):
-    """The "KL estimators" as rewards and as losses to differentiate through: five different gradients."""
+    """The "KL estimators" as rewards and as losses to differentiate through: four different gradients."""
     reverse = exact.gradient(world, divergences.get("reverse_kl"), "prefix")
     forward = exact.gradient(world, divergences.get("forward_kl"), "prefix")
     assert equal(mean(world, stop_gradient(divergences.get("reverse_kl"))), reverse)
