@@ -227,10 +227,18 @@ def test_blocks_are_filled_between_their_marks_and_nowhere_else():
 
 def test_what_the_readme_says_one_sees_is_in_the_results():
     readme, results = (ROOT / "README.md").read_text(), claims.load(RESULTS)
-    for arm in ("grpo", "rlsd"):
-        start, end = (statistics.mean(seed[n]["accuracy"] for seed in results[arm]) for n in (0, -1))
-        assert f"accuracy from {start:.2f} to {end:.2f} in both" in readme
-        assert all(seed[-1]["leak_rate"] < 0.01 for seed in results[arm])
+    key = lambda arguments: config.parse([*arguments, "--eval-every", "25", "--eval-size", "250"]).run_key()
+    arms = {
+        str(key(f"{e.common} {a}".split())): arm for e in reproduce.EXPERIMENTS.values() for arm, a in e.arms.items()
+    }
+    commands = cells(readme.split("## Commands to try\n\n")[1].split("\n\n")[0])
+    assert len(commands) == 7
+    for _, command, accuracy, _ in commands:
+        seeds = results[arms[str(key(command.strip("`").split()[2:]))]]
+        assert accuracy == pages.change(seeds) and len(seeds) == 5
+    starts = [seed[0]["accuracy"] for seed in results["opd, jsd, sampled"]]
+    assert f"from {min(starts):.2f} to {max(starts):.2f} say" in readme
+    assert all(seed[-1]["leak_rate"] < 0.01 for arm in ("grpo", "rlsd") for seed in results[arm])
     for d, arm in (("OPD then", "opd, jsd_falling"), ("OPD+", "opdplus, jsd, sampled")):
         end = claims.interval([seed[-1]["accuracy"] for seed in results[arm]])
         assert re.search(re.escape(f"{d} ends at {end}" if "then" in d else f"{d} at {end}"), readme)

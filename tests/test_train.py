@@ -102,7 +102,9 @@ def test_a_run_leaves_its_four_files(finished):
 
 
 @pytest.mark.parametrize("right,method", [(0.0, "opdplus"), (1.0, "opdplus"), (0.0, "grpo")])
-def test_a_teacher_that_is_often_wrong_is_named_at_the_start_and_in_the_report(right, method, tmp_path, capsys, monkeypatch):
+def test_a_teacher_that_is_often_wrong_is_named_at_the_start_and_in_the_report(
+    right, method, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(report, "rewards", lambda problems, rollout: torch.full((len(problems),), right))
     run(tmp_path, "--method", method, "--steps", "1")
     said = capsys.readouterr().out
