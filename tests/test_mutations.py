@@ -135,6 +135,18 @@ MUTATIONS = {
             "x.sign() / 2, lambda x: x.sign())",
             "exact: unbiased_for_the_prefix",
         ),
+        ("d.f(x) + c * expm1(x)", "d.f(x) - c * expm1(x)", "judge: jsd_falling"),
+        ("d.f_prime(x) + c", "d.f_prime(x)", "judge: jsd_falling"),
+        ("d.unbiased(x) + c", "d.unbiased(x)", "judge: jsd_falling"),
+        ("softplus(x) / 2 - math.log(2)", "softplus(x) / 2", "divergences: minus_f"),
+        ("clip(d.unbiased)", "d.unbiased", "methods: distillation"),
+        ("x.clamp(-bound, bound)", "x.clamp(max=bound)", "methods: clipped_fraction or distillation"),
+    ],
+    "system/config.py": [
+        ("* EFFORT.get(self.task, 1)", "", "train: recipe"),
+        ("* self.digits / 3)", ")", "train: recipe"),
+        ("recipe |= METHODS[self.method].recipe", "pass; METHODS[self.method].recipe", "train: recipe"),
+        ("needs(method)] or list(METHODS)", "needs(method)]", "train: recipe"),
     ],
     "rollout.py": [
         ("unfinished & (token != EOS)", "unfinished", "rollout: first_eos"),
@@ -172,7 +184,7 @@ MUTATIONS = {
         ("s.mask, f, gamma, baseline)", "s.mask, f, 0.0, baseline)", "methods: distillation"),
         ("s.mask, f, gamma, baseline)", "s.mask, f, gamma)", "methods: distillation"),
         ("f = divergences.clipped(f, log_u_clip)", "pass", "methods: distillation"),
-        ("torch.where(s.mask.unsqueeze(-1), x, 0.0)", "x", "methods: after the EOS"),
+        ("torch.where(s.mask.unsqueeze(-1), x, 0.0)", "x", "methods: after_the_eos"),
         (
             "policy_gradient.loss(s.student_logp, A, s.mask, normalize)",
             "policy_gradient.loss(s.student_logp, A, s.mask)",
@@ -192,6 +204,14 @@ MUTATIONS = {
         ("if reasoning_only else None", "if False else None", "methods: rewarded"),
         ("eps_w, negative_only, span)", "eps_w, False, span)", "methods: rewarded"),
         ("gkd_loss(s, divergence)[0] + loss", "gkd_loss(s, divergence)[0] - loss", "methods: distillation"),
+    ],
+    "judge.py": [
+        ("- advantage(torch.zeros_like(sx))) * exp(-sx)", "- advantage(torch.zeros_like(sx)))", "judge: what_opd"),
+        ("exp(x) * x * (w", "x * (w", "judge: what_opd"),
+        ("exp(-x) * (h(x) + rest(x))", "exp(-x) * h(x)", "judge: generator_of"),
+        ("p * (A - (p * A).sum(-1, keepdim=True))", "p * A", "judge: expected_update"),
+        (".clamp(max=1)", "", "judge: updates_lead"),
+        ("z + step, z)", "z - step, z)", "judge: updates_lead"),
     ],
     "../train.py": [
         ("if epoch == 0:", "if True:", "methods: rewarded"),
