@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -314,18 +315,39 @@ def flow(rows: dict[str, dict[str, torch.Tensor]], teacher: torch.Tensor, names:
     return figure
 
 
-def verdicts(values: dict[str, float], xlabel: str, title: str = "", limit: float | None = None) -> Figure:
-    """Horizontal bars with their numbers, {label: value}; those whose label starts with "right" in another colour.
+def directions(rows: dict[str, Sequence[tuple[float, float, float]]]) -> Figure:
+    """One row per estimator: which way its mean points (colour and mark), how far off it is, how much it scatters.
 
-    limit  right end of the axis, the same for figures that are to be compared
+    rows  label → (cosine with the gradient, relative bias, variance / ‖gradient‖²) in one world after the other: the
+          first is the large mark, the others are dots, or a line from the least to the largest. A cosine of NaN is a
+          mean without a direction; another number that is NaN is not drawn. A bias above 3.5 stands at the edge.
     """
-    figure = Figure(figsize=(9, 0.6 + 0.27 * len(values) + 0.25 * bool(title)), layout="constrained")
-    ax = figure.subplots()
-    colors = [COLORS[0] if label.startswith("right") else COLORS[1] for label in values]
-    drawn = ax.barh(list(values), list(values.values()), 0.7, color=colors)
-    ax.bar_label(drawn, ["0" if abs(v) < 1e-9 else f"{v:.2g}" for v in values.values()], padding=3)
-    ax.set(xlabel=xlabel, xlim=(0, limit))
-    ax.set_title(title, fontsize="medium")
-    ax.margins(y=0.02)
-    ax.invert_yaxis()
+    figure = Figure(figsize=(9, 0.9 + 0.185 * len(rows)), layout="constrained")
+    cosines, *others = axes = figure.subplots(1, 3, sharey=True, width_ratios=(3, 2, 2))
+    styles = {"uphill": ("#882255", "^"), "nowhere": ("0.35", "x"), "downhill": ("#117733", "v")}  # no method's colours
+    for y, numbers in enumerate(rows.values()):
+        cosine, *sizes = np.array(numbers).T
+        where = "nowhere" if np.isnan(cosine[0]) else "uphill" if cosine[0] < 0 else "downhill"
+        color, marker = styles[where]
+        cosines.scatter(
+            np.nan_to_num(cosine[1:]), np.full(len(cosine) - 1, y), s=5, color=color, alpha=0.35, linewidth=0
+        )
+        cosines.scatter(np.nan_to_num(cosine[:1]), [y], s=30, color=color, marker=marker, zorder=3)
+        for ax, values, most in zip(others, sizes, (3.5, np.inf)):
+            values = np.minimum(values, most)
+            ax.plot([values.min(), values.max()], [y, y], color="0.75", linewidth=2, solid_capstyle="butt")
+            ax.scatter(values[:1], [y], s=22, color="0.35", zorder=3)
+    for ax, title in zip(axes, ("cosine with the gradient", "relative bias", "variance / ‖gradient‖²")):
+        ax.set_title(title, fontsize="medium")
+        ax.grid(axis="x", alpha=0.3)
+        ax.set_axisbelow(True)
+    cosines.set(xlim=(-1.05, 1.05), yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.4, -0.6))
+    cosines.tick_params(axis="y", labelsize="small", length=0)
+    cosines.axvline(0, color="black", linewidth=0.6)
+    others[0].set(xlim=(-0.1, 3.6), xticks=(0, 1, 2, 3))
+    others[1].set_xscale("log")
+    for ax in others:
+        ax.tick_params(axis="y", length=0)
+    handles = [Line2D([], [], color=c, marker=m, linestyle="", label=where) for where, (c, m) in styles.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure

@@ -18,6 +18,18 @@ def test_token_credit_colours_credit_blame_and_size():
         figures.token_credit([("a", "12", [1.0])])
 
 
+def test_directions_marks_the_first_world_and_keeps_the_order_of_the_rows():
+    nan = float("nan")
+    rows = {"up": [(-0.5, 1.2, 3.0), (0.2, 5.0, 1.0)], "none": [(nan, 1.0, 2.0)], "down": [(0.5, 0.1, 4.0)]}
+    cosines, bias, variance = figures.directions(rows).axes
+    assert [label.get_text() for label in cosines.get_yticklabels()] == list(rows)
+    marks = [c for c in cosines.collections if c.get_sizes()[0] == 30]
+    assert [tuple(c.get_offsets()[0]) for c in marks] == [(-0.5, 0), (0, 1), (0.5, 2)]
+    assert len({tuple(c.get_facecolor()[0]) for c in marks}) == 3
+    assert list(bias.get_lines()[0].get_xdata()) == [1.2, 3.5]  # 5.0 stands at the edge
+    assert [c.get_offsets()[0][0] for c in variance.collections] == [3, 2, 4]
+
+
 def test_seed_curves_draw_the_mean_over_seeds_and_skip_what_was_not_measured():
     seeds = [[{"step": s, "kl": None if s == 1 else s + i} for s in range(3)] for i in range(4)]
     figure = figures.seed_curves({"one": seeds, "two": seeds[:1]}, {"kl": "KL"})
