@@ -111,14 +111,12 @@ def sizes_table(results: Results) -> str:
 def sweep(results: Results) -> dict[str, dict[str, list]]:
     """Accuracy at the end over the learning rate, as figures.sweep takes it."""
     panels = {}
-    for note, start in (("", ""), (", near", ", from a student near its teacher")):
-        for d, title in zip(reproduce.DIVERGENCES, ("reverse KL", "forward KL", "Jensen–Shannon")):
-            arms = {"OPD": f"opd, {d}, lr={{}}{note}", "OPD+": f"opdplus, {d}, lr={{}}{note}"}
-            arms |= {} if note else {"OPD, clipped": f"opd, {d}, lr={{}}, clipped"}
-            panels[title + start] = {
-                label: [(float(lr), results[a]) for lr in reproduce.RATES if (a := arm.format(lr)) in results]
-                for label, arm in arms.items()
-            }
+    for d, title in zip(reproduce.DIVERGENCES, ("reverse KL", "forward KL", "Jensen–Shannon")):
+        arms = {"OPD+": "opdplus, {}, lr={}", "OPD": "opd, {}, lr={}", "OPD, clipped": "opd, {}, lr={}, clipped"}
+        panels[title] = {
+            label: [(float(lr), results[a]) for lr in reproduce.RATES if (a := arm.format(d, lr)) in results]
+            for label, arm in (arms | {"OPD, near": "opd, {}, lr={}, near"}).items()
+        }
     at = lambda points, n: [(lr, [seed[n]["accuracy"] for seed in seeds]) for lr, seeds in points]
     return {
         title: {label: at(points, -1) for label, points in arms.items()} | {"start": at(arms["OPD"], 0)}

@@ -73,11 +73,11 @@ def sampled(names: tuple[str, ...]) -> dict[str, str]:
     return {k: v for d in names for m in ("opd", "opdplus") for k, v in arm(m, d, "sampled").items()}
 
 
-def rates(flags: str, note: str = "", methods: tuple[str, ...] = ("opd", "opdplus")) -> dict[str, str]:
-    """These methods under three divergences at five learning rates over two decades, with these flags."""
+def rates(methods: tuple[str, ...], names: tuple[str, ...], flags: str = "", note: str = "") -> dict[str, str]:
+    """These methods under these divergences at five learning rates over two decades, with these flags."""
     return {
         f"{m}, {d}, lr={lr}{note}": f"--method {m} --divergence {d} --lr {lr} {flags}"
-        for d in DIVERGENCES[:3]
+        for d in names
         for m in methods
         for lr in RATES
     }
@@ -178,9 +178,9 @@ EXPERIMENTS = {
         seconds=120,
     ),
     # Is the collapse a matter of the learning rate? Also with clipped gradients, and near the teacher.
-    "rate": Experiment(SHORT, rates(""), seeds=3, seconds=25),
-    "rate_clip": Experiment(SHORT, rates("--grad-clip 1", ", clipped", ("opd",)), seeds=3, seconds=25),
-    "rate_near": Experiment(SHORT, rates("--student-steps 300", ", near"), seeds=3, seconds=25),
+    "rate": Experiment(SHORT, rates(("opd", "opdplus"), DIVERGENCES[:3]), seeds=3, seconds=25),
+    "rate_clip": Experiment(SHORT, rates(("opd",), DIVERGENCES[1:3], "--grad-clip 1", ", clipped"), 3, 25),
+    "rate_near": Experiment(SHORT, rates(("opd",), DIVERGENCES[1:3], "--student-steps 300", ", near"), 3, 25),
     "rlsd_confirm": Experiment(  # what the search found most, on seeds that had no part in finding it
         EVALUATION,
         {"grpo, fresh seeds": "--method grpo", "rlsd, sync 50, fresh seeds": "--method rlsd --teacher-sync 50"},
