@@ -197,7 +197,8 @@ FOUND = {
     "OPD+ with JSD beats OPD with reverse KL": "The replication does not see it either. Here OPD with reverse KL ends "
     "at 0.955, so at most 0.045 is left to gain.",
     "gradient norm OPD : OPD+, forward KL: larger": "",
-    "OPSD ends below GRPO": "The gap is larger here. With a reference that the problem determines, OPSD ends at 0.794.",
+    "OPSD ends below GRPO": "The gap is larger here. Always shown the worked solution, which the student can learn, "
+    "OPSD ends at 0.794; always shown the bare answer, which it cannot work out in one step, at 0.008.",
     "OPSD leaks more than GRPO": "Four of five seeds cite in 0.335 to 0.518 of their answers, one in 0.011. Why that "
     "one does not is open.",
     "RLSD ends above GRPO": "With λ = ½ and ε_w = 0.2 the teacher changes a token's advantage by 10 % at most. None of "

@@ -183,7 +183,7 @@ def test_the_reasons_in_the_short_table_are_in_the_csvs():
     reverse_kl = mean_end("opd, reverse_kl, sampled")
     assert "by 10 % at most" in why[9]  # λ ε_w = ½ · 0.2, as test_the_sign_never_changes_and_… proves
     assert f"OPD with reverse KL ends at {reverse_kl}, so at most {1 - float(reverse_kl):.3f}" in why[5]
-    assert f"OPSD ends at {mean_end('opsd, work')}" in why[7]
+    assert f"OPSD ends at {mean_end('opsd, work')}" in why[7] and f", at {mean_end('opsd, cite')}." in why[7]
     low, *most = sorted(end("opsd", "leak_rate"))
     assert len(most) == 4 and f"in {most[0]} to {most[-1]} of their answers, one in {low}" in why[8]
     search, confirm = (claims.tested(claims.CLAIMS[name], results) for name in ("search", "confirm"))
@@ -201,6 +201,13 @@ def test_what_the_prose_says_of_grpo_and_of_evaluations():
     cfg = config.parse(reproduce.EXPERIMENTS["baselines"].arms[claims.SPARSE].split())
     assert (cfg.student_steps, cfg.lr) == (210, 4e-4)
     assert "with 210 warm-start updates and lr 4e-4" in claim.text
+    readme, cites = (
+        (ROOT / "README.md").read_text(),
+        lambda arm: statistics.mean(s[-1]["leak_rate"] for s in results[arm]),
+    )
+    end = lambda arm: statistics.mean(seed[-1]["accuracy"] for seed in results[arm])
+    assert f"OPSD ends at {end('opsd, cite'):.3f} and cites in {cites('opsd, cite'):.3f} of its answers" in readme
+    assert f"RLSD at {end('rlsd, cite'):.3f} and cites in {cites('rlsd, cite'):.3f}" in readme
     assert "--eval-size 250" in reproduce.EVALUATION  # four times as many at the start and at the end
     assert all(seed[-1]["response_length"] < 4 for arm in results if "γ=1" in arm for seed in results[arm])
 
