@@ -184,3 +184,22 @@ def test_every_task_has_its_own_split(rng):
     sides = {task: arithmetic.is_held_out(task, a, b) for task in arithmetic.TASKS}
     for one, other in itertools.combinations(sides.values(), 2):
         assert (one & other).sum() < 0.3 * one.sum()
+
+
+@pytest.mark.parametrize(
+    "task, digits, held_out, untaught",
+    [("add", 1, 14, 14), ("add", 2, 1027, 0), ("sub", 2, 471, 0), ("mul", 2, 76, 18)],
+)
+def test_which_held_out_problems_have_a_column_that_no_other_teaches(task, digits, held_out, untaught):
+    """One digit is refused for it; of 2-digit products it is a quarter, which bounds what a teacher can learn."""
+    taught, asked = set(), []
+    for a in range(10**digits):
+        for b in range(10 if task == "mul" else 10**digits):
+            if task != "sub" or a >= b:
+                steps = arithmetic.steps(Problem(task, digits, a, b))[:-1]
+                columns = {(step[:3], before[-3]) for before, step in zip(["0  ", *steps], steps)}  # and the carry in
+                if arithmetic.is_held_out(task, a, b):
+                    asked.append(columns)
+                else:
+                    taught |= columns
+    assert (len(asked), sum(not columns <= taught for columns in asked)) == (held_out, untaught)
