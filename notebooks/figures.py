@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.colors import LinearSegmentedColormap
@@ -17,6 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 from seeds import mean_interval
 
 from nano_opd import divergences
+
+matplotlib.rcParams["figure.dpi"] = 90  # in notebooks
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 NAMES = {  # of divergences, in every figure and table
@@ -249,7 +252,8 @@ def curves(
         measured = [label for label in series if not label.startswith("predicted")]
         for label, (x, y, *error) in series.items():
             n = measured.index(label.removeprefix("predicted "))
-            style = {"color": OWN_COLOR.get(measured[n], COLORS[n]), "label": label}
+            color = OWN_COLOR.get(measured[n], OWN_COLOR.get(measured[n].split(", ")[-1], COLORS[n]))
+            style = {"color": color, "label": label}
             if label not in measured:
                 ax.plot(x, y, linestyle="--", linewidth=1, **style)
             else:
