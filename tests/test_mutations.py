@@ -286,9 +286,9 @@ def copy(tmp_path):
 @pytest.mark.parametrize("file,old,new,guard", CASES, ids=[f"{c[0]}-{c[2].strip()}" for c in CASES])
 def test_the_suite_fails_on_the_mutant(file, old, new, guard, copy):
     path = copy / "nano_opd" / file
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     assert source.count(old) == 1
-    path.write_text(source.replace(old, new))
+    path.write_text(source.replace(old, new), encoding="utf-8")
     assert exit_code_of_suite(copy, dict([guard.split(": ")])) == pytest.ExitCode.TESTS_FAILED
 
 

@@ -63,11 +63,11 @@ def test_all_arms_and_seeds_end_in_one_file_and_are_not_run_twice(tiny, monkeypa
     assert "4 of 4 runs to make" in said and all(f"\n{n}/4  tiny: " in said and "ETA" in said for n in range(1, 5))
 
     (folder,) = (tiny.out / "tiny" / "grpo").glob("*seed0")
-    with open(folder / "metrics.csv") as file:
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
         norms = [float(row["grad_norm"]) for row in csv.DictReader(file) if row["grad_norm"]]
     want = [sum(norms[:2]) / 2, sum(norms[2:]) / 2]  # of the updates between two evaluations
     assert [row["grad_norm"] for row in results["grpo"][0][:2]] == pytest.approx(want, rel=1e-4)
-    with open(tiny.out / "results" / "provenance.csv") as file:
+    with open(tiny.out / "results" / "provenance.csv", encoding="utf-8") as file:
         (note,) = csv.DictReader(file)
     assert note["experiment"] == "tiny" and note["threads"] == "1" and all(note.values())
 
@@ -84,7 +84,9 @@ def test_a_folder_of_another_run_a_refused_one_and_a_diverging_one(tiny):
     with pytest.raises(SystemExit, match="holds another run"):
         tiny(opd=f"{diverging} 1e37")
     (tiny.out / "tiny" / "rlsd").mkdir()
-    (tiny.out / "tiny" / "rlsd" / "rlsd-add1-seed0").write_text("a file where the run's folder should be")
+    (tiny.out / "tiny" / "rlsd" / "rlsd-add1-seed0").write_text(
+        "a file where the run's folder should be", encoding="utf-8"
+    )
     with pytest.raises(SystemExit, match="reproduce.py: python train.py .*\n.*cannot make"):
         tiny(rlsd="--method rlsd")
 
@@ -100,7 +102,7 @@ sys.argv = ["reproduce.py", "--quick", "--jobs", "1", "--out-dir", "{tmp_path}"]
 if __name__ == "__main__":
     reproduce.main()
 """
-    (tmp_path / "start.py").write_text(lines)
+    (tmp_path / "start.py").write_text(lines, encoding="utf-8")
     begun = lambda: sorted(path.parent.name for path in tmp_path.glob("quick/long/*/*/checkpoint.pt"))
     environment = os.environ | {"PYTHONPATH": str(Path(reproduce.__file__).parent)}
     command = [sys.executable, str(tmp_path / "start.py")]

@@ -47,7 +47,7 @@ def weights(run_dir):
 
 def metrics(run_dir):
     """The rows of metrics.csv without the one column that is allowed to differ."""
-    with open(run_dir / "metrics.csv") as file:
+    with open(run_dir / "metrics.csv", encoding="utf-8") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
@@ -81,7 +81,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_its_four_files(finished):
     assert sorted(p.name for p in finished.iterdir()) == ["checkpoint.pt", "config.json", "curves.png", "metrics.csv"]
-    saved = json.loads((finished / "config.json").read_text())
+    saved = json.loads((finished / "config.json").read_text(encoding="utf-8"))
     assert saved["method"] == "opdplus" and saved["steps"] == 12 and set(saved) == set(vars(config.Config()))
     rows = metrics(finished)
     assert [int(r["step"]) for r in rows] == list(range(13)) and [int(r["rollouts"]) for r in rows] == list(
@@ -413,24 +413,8 @@ def test_a_finished_run_goes_on_to_more_steps_and_never_back(finished, capsys, t
     rows = metrics(run_dir)
     assert rows[:12] == metrics(finished)[:12] and [int(r["step"]) for r in rows] == list(range(21))
     assert [r["step"] for r in rows[12:] if r["accuracy"]] == ["12", "16", "20"]
-    saved = json.loads((run_dir / "config.json").read_text())
+    saved = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
     assert saved["steps"] == 20 and saved["eval_every"] == 4
-
-
-def test_a_folder_that_holds_a_run_is_not_overwritten(finished, capsys, tmp_path):
-    before, tiny = snapshot(finished.parent), [*TINY, "--out-dir", str(finished.parent)]
-    assert "holds this run already: add --resume" in refused(capsys, *tiny)
-    assert "holds another run (lr is 0.005 there and 0.1 here)" in refused(capsys, *tiny, "--lr", "0.1", "--resume")
-    assert snapshot(finished.parent) == before
-    (tmp_path / "file").write_text("")
-    assert "cannot make" in refused(capsys, *TINY, "--out-dir", str(tmp_path / "file"))
-
-
-def test_two_runs_in_one_folder_are_refused_while_the_first_lives(capsys, tmp_path):
-    arguments = [*TINY, "--out-dir", str(tmp_path), "--resume"]
-    with runs.claim(config.parse(arguments)):
-        assert "another process is writing" in refused(capsys, *arguments)
-    train.main(arguments)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "other configuration", "malicious"])

@@ -4,6 +4,8 @@ A checkpoint is a torch.save file of {"key": what determines it, "state": …}. 
 checks the CRC-32 of every record, unpickles tensors and plain containers only, never code, and compares the key.
 """
 
+import contextlib
+import io
 import os
 import pickle
 import zipfile
@@ -25,28 +27,32 @@ class WriteError(OSError):
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write` on a temporary file, flush it to the disk, then rename it: `path` is the old file or the new, whole.
+    """Write what `write` makes to a temporary file, flush it, then rename it: `path` is the old file or the new, whole.
 
     Raises WriteError for a full disk, a missing permission and the like.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = io.BytesIO()  # torch's zip writer, writing to the disk itself, hides a full one behind another error
+    write(content)
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as file:
-                write(file)
+            with open(temporary, "xb") as file:
+                file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+    except OSError as error:
+        raise WriteError(f"cannot write {path} ({error.strerror}); what was there before is intact") from error
+    with contextlib.suppress(OSError):  # Windows and some network file systems open or flush no folder
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)  # the rename itself must survive a power cut
         finally:
             os.close(directory)
-    except OSError as error:
-        raise WriteError(f"cannot write {path} ({error.strerror}); what was there before is intact") from error
 
 
 def save(path: Path, key: dict, state: dict) -> None:

@@ -6,7 +6,7 @@ The command line is made from this dataclass, and the dataclass that ran is the 
 import argparse
 import dataclasses
 import hashlib
-import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,10 +107,9 @@ class Config:
 
     def __post_init__(self):
         """What was not given is the method's recipe. Raises ValueError: the flag, the value and what is allowed."""
-        recipe = RECIPE | OF_TASK.get(self.task, {})
-        recipe |= METHODS[self.method].recipe if self.method in METHODS else {}
-        for name in [name for name in recipe if getattr(self, name) is None]:
-            object.__setattr__(self, name, recipe[name])
+        for name, value in recipe(self.method, self.task).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             choices, low, high = (field.metadata[key] for key in ("choices", "low", "high"))
@@ -173,12 +172,6 @@ class Config:
         layers, width = getattr(self, f"{who}_layers"), getattr(self, f"{who}_width")
         return GPTConfig(VOCAB_SIZE, self.prompt_length + self.response_cap, layers, n_embd=width)
 
-    def warm_start_key(self, who: str) -> dict:
-        """Everything that determines the weights of a warm start: two equal keys are one cached file."""
-        shared = ("task", "digits", "seed", "sft_batch_size", "sft_lr", "reference_slot")
-        sizes = {"who": who, "gpt": dataclasses.asdict(self.gpt(who)), "steps": getattr(self, f"{who}_steps")}
-        return sizes | {name: getattr(self, name) for name in shared}
-
     def run_key(self, resumed: bool = False) -> dict:
         """Everything that determines a run, or what a run has to keep when it is resumed."""
         left_out = ["out_dir", "resume", *(["steps", "eval_every", "device", "compile"] if resumed else [])]
@@ -186,17 +179,25 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """The run's own folder: its method and what that reads, task, seed and, since they sample, other ranks."""
-        parts, options = [self.method], METHODS[self.method].options
-        parts += [getattr(self, name) for name in ("divergence", "variance") if name in options]
-        parts += [f"gamma{self.gamma:g}"] if "gamma" in options and self.gamma else []
-        ranks = [f"ranks{distributed.world_size()}"] if distributed.world_size() > 1 else []
-        return Path(self.out_dir) / "-".join([*parts, f"{self.task}{self.digits}", f"seed{self.seed}", *ranks])
+        """The run's own folder: method, task and seed, then every option that is not at its default, so that a changed
+        knob is another folder; at the end other ranks, since they sample. What may change at --resume is left out.
+        """
+        named = ["method", *(name for name in ("divergence", "variance") if name in METHODS[self.method].options)]
+        parts = [*(getattr(self, name) for name in named), f"{self.task}{self.digits}", f"seed{self.seed}"]
+        default, named = recipe(self.method, self.task), [*named, "task", "digits", "seed"]
+        changed = {k: v for k, v in self.run_key(resumed=True).items() if k not in named and v != default[k]}
+        parts += [f"{k}{'' if v is True else v}" for k, v in changed.items()]
+        parts += [f"ranks{distributed.world_size()}"] if distributed.world_size() > 1 else []
+        name = re.sub(r"[^\w.+=-]", "_", "-".join(parts), flags=re.ASCII)
+        if len(name) > 120:  # some file systems allow no more than 143
+            name = f"{name[:107]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        return Path(self.out_dir) / name
 
-    def warm_start_path(self, who: str) -> Path:
-        """Where the warm start with exactly this key is cached."""
-        digest = hashlib.sha256(json.dumps(self.warm_start_key(who), sort_keys=True).encode()).hexdigest()[:12]
-        return Path(self.out_dir) / "warm_starts" / f"{who}-{self.task}{self.digits}-seed{self.seed}-{digest}.pt"
+
+def recipe(method: str, task: str) -> dict:
+    """Every option's default for this method and task."""
+    of_method = METHODS[method].recipe if method in METHODS else {}
+    return {f.name: f.default for f in dataclasses.fields(Config)} | RECIPE | OF_TASK.get(task, {}) | of_method
 
 
 _flag = lambda name: "--" + name.replace("_", "-")
