@@ -10,12 +10,18 @@ import subprocess
 import sys
 import time
 
+import bench
+import numpy as np
 import pytest
 import torch
-from test_train import ROOT, command, run
+from test_train import ROOT, command, refused, run
 
 import train
-from nano_opd.system import checkpoint
+from nano_opd import arithmetic, sft
+from nano_opd.evaluate import evaluate
+from nano_opd.gpt import GPT
+from nano_opd.rollout import response_logprobs
+from nano_opd.system import checkpoint, config, memory
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 WINDOWS = ENVIRONMENT | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
@@ -138,6 +144,7 @@ def test_a_closed_terminal_loses_no_update_unless_it_is_to_be_ignored(tmp_path):
             process.send_signal(signal.SIGHUP)
             _, error = process.communicate(timeout=120)
         assert process.returncode == (0 if ignored else 129) and (b"--resume continues" in error) != ignored
+        assert (b"stopping after this step" in error) != ignored  # before the step is finished
         (path,) = out.glob("*/checkpoint.pt")
         state = torch.load(path, weights_only=True)["state"]
         assert state["step"] == (40 if ignored else len(state["rows"])) and b"Traceback" not in error
@@ -159,3 +166,49 @@ def test_signals_are_as_before_after_a_run_and_a_second_one_acts_as_it_did(tmp_p
     with pytest.raises(SystemExit) as end:
         run(tmp_path, "--seed", "1")
     assert end.value.code == 130 and [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--batch-size 1000000000",
+        "--student-width 1000000",
+        "--teacher-layers 1000000000",
+        "--eval-size 1000000000",
+        "--sft-batch-size 1000000000",
+        "--teacher-steps 1000000000",
+        "--steps 1000000000000",
+    ],
+)
+def test_sizes_that_cannot_fit_are_refused_before_anything_is_made(arguments, capsys, tmp_path):
+    said = refused(capsys, "--out-dir", str(tmp_path / "out"), *arguments.split())
+    assert said.startswith(f"train.py: {arguments.split()[0]}") or arguments.split()[0] in said
+    assert "GiB or more are needed" in said and not (tmp_path / "out").exists()
+
+
+def test_what_is_refused_is_less_than_a_run_really_holds():
+    """So that no run is refused that would fit: the parts of a small one, by the allocator's own counts."""
+    cfg = config.Config(batch_size=64, student_width=32, student_layers=3, eval_size=50)
+    rng, device = np.random.default_rng(0), torch.device("cpu")
+    student, peak = GPT(cfg.gpt("student")), lambda function: 1e6 * bench.observe(function, device)[1]
+    solutions = sft.worked_solutions(arithmetic.sample_problems("add", 3, 64, rng))
+    held_out = arithmetic.sample_problems("add", 3, 200, rng, held_out=True)
+    optimizer, needs = sft.adamw(student, 1e-3), memory.needs(cfg)
+
+    def backward():
+        response_logprobs(student, solutions.tokens, solutions.prompt_length).sum().backward()
+
+    assert 0.3 < needs["--batch-size"] / peak(backward) < 1
+    assert 0.1 < needs["--eval-size"] / peak(lambda: evaluate(student, student, held_out, cfg.response_cap, None)) < 1
+    held = [p.nbytes for p in student.parameters()] * 2  # with their gradients
+    optimizer.step()
+    held += [value.nbytes for state in optimizer.state.values() for value in state.values()]
+    assert 0.9 < needs["--student-width and --student-layers"] / sum(held) <= 1
+
+
+def test_a_device_that_runs_out_of_memory_is_one_sentence(capsys, tmp_path, monkeypatch):
+    for error in (MemoryError, torch.OutOfMemoryError):
+        monkeypatch.setattr(train, "update", lambda *_, error=error: (_ for _ in ()).throw(error("8 GiB")))
+        with pytest.raises(SystemExit) as end:
+            run(tmp_path / error.__name__)
+        assert end.value.code == 2 and "out of memory: choose a lower --batch-size" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from pathlib import Path
 from nano_opd import arithmetic, divergences
 from nano_opd.gpt import GPTConfig
 from nano_opd.methods import METHODS, Method
-from nano_opd.system import device, distributed
+from nano_opd.system import device, distributed, memory
 from nano_opd.system.checks import did_you_mean
 from nano_opd.tokenizer import VOCAB_SIZE
 
@@ -179,12 +179,10 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """The run's own folder: method, task and seed, then every option that is not at its default, so that a changed
-        knob is another folder; at the end other ranks, since they sample. What may change at --resume is left out.
-        """
-        named = ["method", *(name for name in ("divergence", "variance") if name in METHODS[self.method].options)]
-        parts = [*(getattr(self, name) for name in named), f"{self.task}{self.digits}", f"seed{self.seed}"]
-        default, named = recipe(self.method, self.task), [*named, "task", "digits", "seed"]
+        """The run's own folder, named after it and every option not at its default, but those free at --resume."""
+        named = "method divergence variance task digits seed".split()
+        parts = [self.method, *(getattr(self, name) for name in named[1:3] if name in METHODS[self.method].options)]
+        parts, default = [*parts, f"{self.task}{self.digits}", f"seed{self.seed}"], recipe(self.method, self.task)
         changed = {k: v for k, v in self.run_key(resumed=True).items() if k not in named and v != default[k]}
         parts += [f"{k}{'' if v is True else v}" for k, v in changed.items()]
         parts += [f"ranks{distributed.world_size()}"] if distributed.world_size() > 1 else []
@@ -247,4 +245,6 @@ def parse(arguments: list[str] | None = None) -> Config:
         parser.error(f"--device {error}")
     if device.compiles(config.compile, where) and not device.has_compiler(where):
         parser.error("--compile on: needs a C++ compiler, and none is on the path; leave it out")
+    if message := memory.shortage(config, where):
+        parser.error(message)
     return config

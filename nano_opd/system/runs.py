@@ -183,6 +183,8 @@ def start(cfg: Config) -> Iterator[Run]:
     except NumericalFault as error:
         kept = f"The last good state, if one was saved, is in {cfg.run_dir / 'checkpoint.pt'}"
         end(1, f"step {run.step}: {error}. {kept}")
+    except (MemoryError, torch.OutOfMemoryError):
+        end(2, f"out of memory: choose a lower --batch-size, --eval-size or width; {again}")
     except distributed.RankLost as error:
         end(1, f"{error}; {again}")
     except KeyboardInterrupt:
