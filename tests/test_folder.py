@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from test_train import TINY, metrics, refused, run, same, snapshot
+from test_train import ROOT, TINY, metrics, refused, run, same, snapshot
 
 import train
 from nano_opd import arithmetic
@@ -97,6 +99,29 @@ def test_a_damaged_config_is_refused_and_a_deleted_one_comes_back_from_the_right
     assert not (folder_of_another / "config.json").exists()
     run(tmp_path, "--resume")
     assert json.loads(path.read_text(encoding="utf-8")) | {"resume": False} == json.loads(whole)
+
+
+EDITED = """
+import importlib, sys
+from pathlib import Path
+from nano_opd.system import config, folder
+cfg, paths = config.Config(), {}
+for name in ("gpt", "sft", "arithmetic", "tokenizer", "policy_gradient", "rollout", "opdplus", "system.report"):
+    module = importlib.import_module(f"nano_opd.{name}")
+    before = folder.warm_start(cfg, "student")[0]
+    with open(module.__file__, "a", encoding="utf-8") as file:
+        file.write("# edited")
+    importlib.reload(folder)
+    paths[name] = folder.warm_start(cfg, "student")[0] != before
+print(*[name for name, changed in paths.items() if changed])
+"""
+
+
+def test_a_warm_start_is_trained_anew_when_what_trains_it_is_edited(tmp_path):
+    shutil.copytree(ROOT / "nano_opd", tmp_path / "nano_opd")
+    command = [sys.executable, "-c", EDITED]
+    ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert ended.stdout.decode().split() == "gpt sft arithmetic tokenizer policy_gradient rollout".split(), ended.stderr
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_is_made_anew(tmp_path, monkeypatch):

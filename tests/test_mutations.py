@@ -56,14 +56,10 @@ MUTATIONS = {
         ("f = f.detach()", "pass", "exact: baseline_and_full"),
         ("f = f.detach()", "student_logp = student_logp.detach()", "exact: baseline_and_full"),
         ("teacher_logits.detach()", "teacher_logits", "estimators: teacher_is_not_trained"),
-        ("teacher_logp - student_logp, 0.0", "student_logp - teacher_logp, 0.0", "exact: baseline_and_full"),
+        ("(teacher_logp - student_logp)", "(student_logp - teacher_logp)", "exact: baseline_and_full"),
         ("(student_logp.exp() * f)", "(teacher_logp.exp() * f)", "estimators: gkd_value"),
         (".sum() / len(mask)", ".mean()", "estimators: gkd_value"),
-        (
-            "torch.where(mask.unsqueeze(-1), teacher_logp - student_logp, 0.0)",
-            "teacher_logp - student_logp",
-            "exact: baseline_and_full",
-        ),
+        ("student_logits.masked_fill(behind, 0.0)", "student_logits", "exact: baseline_and_full"),
     ],
     "policy_gradient.py": [
         ("reduce(-advantage * logp", "reduce(advantage * logp", "estimators: grad_logp"),

@@ -157,7 +157,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp
 )
 def test_every_method_trains(arguments, tmp_path, lucky):
     run_dir = run(tmp_path, *arguments)
-    start = torch.load(next((tmp_path / "warm_starts").glob("student*")), weights_only=True)["state"]
+    start = torch.load(next((tmp_path / "warm_starts").glob("student*")), weights_only=True)["state"]["model"]
     assert all((start[name] != value).any() for name, value in weights(run_dir).items())
 
 

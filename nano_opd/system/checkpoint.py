@@ -60,8 +60,11 @@ def save(path: Path, key: dict, state: dict) -> None:
     write_atomically(path, lambda file: torch.save({"format": FORMAT, "key": key, "state": state}, file))
 
 
-def load(path: Path, key: dict, device: torch.device | str = "cpu") -> dict:
-    """The state saved at `path`. Raises CheckpointError unless the file is intact and was saved with an equal `key`."""
+def load(path: Path, key: dict, device: torch.device | str = "cpu", parts: dict | None = None) -> dict:
+    """The state saved at `path`, of which each of `parts`, such as a model, has then loaded what has its name.
+
+    Raises CheckpointError unless the file is intact, was saved with an equal `key`, and fits the parts.
+    """
     remedy = "delete it to train again, or choose another --out-dir"
     try:
         with zipfile.ZipFile(path) as archive:
@@ -77,11 +80,16 @@ def load(path: Path, key: dict, device: torch.device | str = "cpu") -> dict:
     except Exception as error:  # zipfile and torch answer damage with a dozen kinds of exception
         raise CheckpointError(f"{path} is truncated or not a checkpoint: {remedy}") from error
 
-    parts = [content.get(name) for name in ("key", "state")] if isinstance(content, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts) or content.get("format") != FORMAT:
+    saved = [content.get(name) for name in ("key", "state")] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) for part in saved) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a nano_opd checkpoint of format {FORMAT}: {remedy}")
     if different := differences(content["key"], key):
         raise CheckpointError(f"{path} belongs to another configuration ({different}): {remedy}")
+    try:
+        for name, part in (parts or {}).items():
+            part.load_state_dict(content["state"][name])
+    except Exception as error:  # another model's, since the code was edited
+        raise CheckpointError(f"{path} does not fit the code as it is now: {remedy}") from error
     return content["state"]
 
 

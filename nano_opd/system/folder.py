@@ -3,13 +3,19 @@
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from nano_opd import arithmetic, gpt, policy_gradient, rollout, sft, tokenizer
 from nano_opd.system import checkpoint, distributed
 from nano_opd.system.config import Config
+
+# What trains a warm start, as it was when it was imported: after an edit, were it of a comment, it is trained anew.
+SOURCES = arithmetic, gpt, policy_gradient, rollout, sft, tokenizer
+CODE = hashlib.sha256("".join(map(inspect.getsource, SOURCES)).encode()).hexdigest()
 
 
 class RunFolderError(ValueError):
@@ -19,7 +25,7 @@ class RunFolderError(ValueError):
 def warm_start(cfg: Config, who: str) -> tuple[Path, dict]:
     """Where the warm start of the "teacher" or the "student" is cached, and its key: what determines its weights."""
     names = ("task", "digits", "seed", "sft_batch_size", "sft_lr", "reference_slot")
-    key = {"who": who, "gpt": dataclasses.asdict(cfg.gpt(who)), "steps": getattr(cfg, f"{who}_steps")}
+    key = {"code": CODE, "who": who, "gpt": dataclasses.asdict(cfg.gpt(who)), "steps": getattr(cfg, f"{who}_steps")}
     key |= {name: getattr(cfg, name) for name in names}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return Path(cfg.out_dir) / "warm_starts" / f"{who}-{cfg.task}{cfg.digits}-seed{cfg.seed}-{digest}.pt", key

@@ -81,13 +81,13 @@ class Run:
             torch.manual_seed(torch_stream(self.cfg.seed, f"{who} weights").initial_seed())
             model = GPT(self.cfg.gpt(who)).to(self.device)
             if path.exists():
-                model.load_state_dict(checkpoint.load(path, key, self.device))
+                checkpoint.load(path, key, self.device, {"model": model})
                 return model
             with self._bar(f"{who} warm start", key["steps"]) as bar:
                 for _ in train(self.cfg, who, model):
                     bar.update()
                     self.stop.check()
-            checkpoint.save(path, key, model.state_dict())
+            checkpoint.save(path, key, {"model": model.state_dict()})
             return model
 
     def steps(self, parts: dict[str, nn.Module | torch.optim.Optimizer]) -> Iterator[int]:
@@ -100,13 +100,11 @@ class Run:
         self.parts, self.started, first = parts, time.monotonic(), 0
         path = self.cfg.run_dir / "checkpoint.pt"
         if path.exists():
-            state = checkpoint.load(path, self.cfg.run_key(resumed=True), self.device)
+            state = checkpoint.load(path, self.cfg.run_key(resumed=True), self.device, parts)
             if state["step"] > self.cfg.steps:
                 raise folder.RunFolderError(
                     f"{self.cfg.run_dir} has made {state['step']} updates: give --steps as many or more"
                 )
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
             first, self.started = state["step"], self.started - state["seconds"]
             self.rows = state["rows"][:first]  # the row of the step itself is measured again
         if distributed.rank() == 0:
