@@ -185,7 +185,8 @@ def plan(experiment: str, out: Path, quick: bool) -> list[Run]:
             folder = out / experiment / name.replace(", ", "-").replace(" ", "-")
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "warm_starts").exists():
-                (folder / "warm_starts").symlink_to((out / "warm_starts").resolve())
+                with contextlib.suppress(OSError):  # Windows lets few users make links; there each arm has its own
+                    (folder / "warm_starts").symlink_to((out / "warm_starts").resolve())
             arguments = [*e.common.split(), *flags.split(), "--seed", str(seed), "--out-dir", str(folder), "--resume"]
             arguments += QUICK.split() if quick else []  # put last, so that it overrides what stands before
             planned.append(Run(experiment, name, seed, arguments, config.parse(arguments)))
@@ -243,6 +244,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.experiments) - set(EXPERIMENTS):
         parser.error(f"unknown experiments {', '.join(sorted(unknown))}: choose from {', '.join(EXPERIMENTS)}")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: must be 1 or more")
     out = args.out_dir / ("quick" if args.quick else "reproduce")
     results = out / "results" if args.quick else ROOT / "notebooks" / "results"
     results.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,9 @@ def test_markdown_rounds_and_leaves_blanks():
     assert table.splitlines()[2:] == ["| 2×64 | 12,345 | 1.23 [1, 200] |", "|  | 0.5 | 0.0001 |"]
 
 
-@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--device", "abacus"], ["--dtype", "int8"], ["--larg"]])
+@pytest.mark.parametrize(
+    "arguments", [["--threads", "0"], ["--threads", "100000"], ["--device", "abacus"], ["--dtype", "int8"], ["--larg"]]
+)
 def test_a_bad_command_line_gets_one_sentence(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
