@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -316,7 +317,7 @@ def refused(capsys, *arguments) -> str:
         ("--gamma -0.1", "--gamma -0.1: must be from 0.0 to 1.0"),
         ("--gamma nan", "--gamma nan: must be from 0.0 to 1.0"),
         ("--gamma one", "--gamma: invalid float value: 'one'"),
-        ("--lr inf", "--lr inf: must be 0.0 or more"),
+        ("--lr inf", "--lr inf: must be 0.0 or more and finite"),
         ("--lr -1", "--lr -1.0: must be 0.0 or more"),
         ("--lr nan", "--lr nan: must be 0.0 or more"),
         ("--seed -1", "--seed -1: must be 0 or more"),
@@ -372,11 +373,17 @@ def test_a_bad_command_line_gets_one_sentence_and_touches_nothing(arguments, mes
     assert message in error and not (tmp_path / "out").exists()
 
 
-def test_compiling_for_a_cpu_without_a_compiler_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_compiling_for_a_cpu_without_a_compiler_is_refused(missing, monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    there = {"compiler": "c++", "headers": "g++"}[missing]  # torch.compile calls the second
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == there else None)
+    if missing == "headers":
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(SystemExit) as stopped:
         config.parse(["--compile", "on", "--device", "cpu"])
-    assert stopped.value.code == 2 and "needs a C++ compiler" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "needs a C++ compiler and Python's headers" in capsys.readouterr().err
     assert config.parse(["--compile", "auto", "--device", "cpu"]).compile == "auto"
 
 

@@ -117,7 +117,8 @@ class Config:
                 hint = did_you_mean(str(value), choices)
                 raise ValueError(f"{_flag(field.name)} {value}: choose from {', '.join(choices)}{hint}")
             if low is not None and not (low <= value <= high if high is not None else low <= value < float("inf")):
-                allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
+                unbounded = f"{low} or more" + " and finite" * isinstance(value, float)
+                allowed = unbounded if high is None else f"from {low} to {high}"
                 raise ValueError(f"{_flag(field.name)} {value}: must be {allowed}")
         divergences.get(self.divergence)
         if self.variance == "full" and "variance" in METHODS[self.method].options:
@@ -187,9 +188,8 @@ class Config:
         parts += [f"{k}{'' if v is True else v}" for k, v in changed.items()]
         parts += [f"ranks{distributed.world_size()}"] if distributed.world_size() > 1 else []
         name = re.sub(r"[^\w.+=-]", "_", "-".join(parts), flags=re.ASCII)
-        if len(name) > 120:  # some file systems allow no more than 143
-            name = f"{name[:107]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-        return Path(self.out_dir) / name
+        short = f"{name[:107]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"  # some file systems allow 143
+        return Path(self.out_dir) / (name if len(name) <= 120 else short)
 
 
 def recipe(method: str, task: str) -> dict:
@@ -244,7 +244,7 @@ def parse(arguments: list[str] | None = None) -> Config:
     except ValueError as error:
         parser.error(f"--device {error}")
     if device.compiles(config.compile, where) and not device.has_compiler(where):
-        parser.error("--compile on: needs a C++ compiler, and none is on the path; leave it out")
+        parser.error("--compile on: needs a C++ compiler and Python's headers, and one is missing; leave it out")
     if message := memory.shortage(config, where):
         parser.error(message)
     return config
