@@ -162,7 +162,8 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None, path: Pa
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--json", type=Path, default=path, help="file of tables; those not measured now are kept")
     args = parser.parse_args(arguments)
-    if not 1 <= args.threads <= (most := os.cpu_count() or 1):
+    most = os.cpu_count() or 1
+    if not 1 <= args.threads <= most:
         parser.error(f"--threads {args.threads}: must be from 1 to {most}")
     try:
         args.device, args.tables = resolve(args.device), {}
