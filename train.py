@@ -20,6 +20,7 @@ from nano_opd.methods import METHODS, Scored
 from nano_opd.rollout import score
 from nano_opd.system import runs
 from nano_opd.system.config import Config, parse
+from nano_opd.system.console import accept_any_text
 from nano_opd.system.device import compiled, precision
 from nano_opd.system.distributed import replicate, require_finite
 from nano_opd.system.fast_rollout import sampler
@@ -108,6 +109,7 @@ def warm_start(cfg: Config, who: str, model: GPT) -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """One run, from its command line to its files."""
+    accept_any_text()
     with runs.start(parse(arguments)) as run:
         student = run.cached("student", warm_start)
         teacher = copy.deepcopy(student) if run.cfg.reference_slot else run.cached("teacher", warm_start)

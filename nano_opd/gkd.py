@@ -9,7 +9,6 @@ Its gradient Σ_v ∇p_v (f − u f′)(u_v) is the mean of OPD+'s at γ = 0 ove
 variance. With `stop_gradient` it is the mean of OPD's instead: that estimator's bias, without its noise.
 """
 
-import torch
 from torch import Tensor
 
 from nano_opd.divergences import Divergence
@@ -30,10 +29,10 @@ def loss(
     """
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     require_batch(mask, student_logits=student_logits[..., 0])
-    student_logp = student_logits.log_softmax(-1)
-    teacher_logp = teacher_logits.detach().log_softmax(-1)  # drops nothing: the teacher is not trained
-    log_u = torch.where(mask.unsqueeze(-1), teacher_logp - student_logp, 0.0)  # f(1) = 0; masked before the exp in f
-    f = divergence.f(log_u)  # (B, R, V)
+    behind = ~mask.unsqueeze(-1)  # equal there, so that f(1) = 0, and no NaN comes into the gradient
+    student_logp = student_logits.masked_fill(behind, 0.0).log_softmax(-1)
+    teacher_logp = teacher_logits.detach().masked_fill(behind, 0.0).log_softmax(-1)  # drops nothing: it is not trained
+    f = divergence.f(teacher_logp - student_logp)  # (B, R, V)
     if stop_gradient:
         f = f.detach()  # drops p ∇f(u) = −u f′(u) ∇p: the whole difference between OPD and OPD+
     total = (student_logp.exp() * f).sum() / len(mask)

@@ -155,13 +155,18 @@ class GPT(nn.Module):
                  was cached before it
         targets  (B, T − logits_from): the log-probs of these tokens are returned in the place of logits, float32
 
-        Raises ValueError when the tokens do not fit in block_size, or at a position for several tokens or no cache.
+        Raises ValueError when the tokens do not fit in block_size, at a position for several tokens or no cache, for
+        logits_from outside 0 … T, or targets of another shape.
         """
         B, T = tokens.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit in block_size {self.config.block_size}")
         if at is not None and (T > 1 or cache is None):
             raise ValueError(f"at a position pass one token and the cache, not {T} tokens")
+        if not 0 <= logits_from <= T:
+            raise ValueError(f"logits_from must lie in 0 … {T}, not {logits_from}")
+        if targets is not None and targets.shape != (B, T - logits_from):
+            raise ValueError(f"targets must be {(B, T - logits_from)}, not {tuple(targets.shape)}")
         at, S = (slice(T), T) if at is None else (at, cache[0][0].shape[2])  # S keys to look at
         lower = self.precision != torch.float32
         autocast = partial(torch.autocast, self.device.type, self.precision)

@@ -79,7 +79,7 @@ def clip_fraction(logp: Tensor, old_logp: Tensor, mask: Tensor, clip_low: float,
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
-    if group_size < 2 or len(rewards) % group_size:
+    if group_size < 2 or len(rewards) % group_size or not len(rewards):
         raise ValueError(f"{len(rewards)} rewards are not groups of group_size {group_size} ≥ 2")
     return rewards.detach().view(-1, group_size)  # drops nothing: a verifier has no gradient
 

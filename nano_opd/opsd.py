@@ -46,7 +46,11 @@ def information_gap(teacher_logp: Tensor) -> Tensor:
     """I(Y_n; R | X, Y_<n) at every prefix, (B, R) in nats, between 0 and ln K: exact, by enumerating the references.
 
     teacher_logp  (K, B, R, V) log P_T(·|x, r_k, y_<n) for the K equally likely references of each x
+
+    Raises ValueError for logits or anything else whose probabilities do not sum to 1.
     """
+    if not torch.allclose(teacher_logp.logsumexp(-1), teacher_logp.new_zeros(()), atol=1e-3):
+        raise ValueError("teacher_logp must be log-probs, whose probabilities sum to 1 over the vocabulary")
     mixture = teacher_logp.logsumexp(0) - math.log(len(teacher_logp))  # (B, R, V)
     p = teacher_logp.exp()
     return torch.where(p > 0, p * (teacher_logp - mixture), 0.0).sum(-1).mean(0)

@@ -35,6 +35,7 @@ def loss(logp: Tensor, advantage: Tensor, mask: Tensor, normalize: str = "batch"
     require_batch(mask, logp=logp)
     if advantage.shape != (len(logp), 1):
         require_same_shape(logp=logp, advantage=advantage)
+    advantage = torch.where(mask, advantage, 0.0)  # 0 behind the mask, where NaN would still be in the gradient
     return reduce(-advantage * logp, mask, normalize)
 
 

@@ -18,7 +18,7 @@ response. What differs from both: the divisor of the loss is the constant B (grp
 import torch
 from torch import Tensor
 
-from nano_opd.system.checks import require_batch, require_same_shape
+from nano_opd.system.checks import require_batch, require_constant, require_log_ratio, require_same_shape
 
 
 def advantage(
@@ -42,7 +42,8 @@ def advantage(
     negative_only  reweight only the responses with A < 0
     span           (B, R) bool or None: reweight only these tokens, for example the reasoning before the answer
 
-    Raises ValueError for λ or ε_w outside its range, shapes that do not match or a mask that is not bool.
+    Raises ValueError for λ or ε_w outside its range, shapes that do not match, a mask that is not bool, an A with a
+    gradient, or a log-ratio that is NaN or +∞.
     """
     if not 0 <= lam <= 1:
         raise ValueError(f"lam must lie in [0, 1], not {lam}")
@@ -50,6 +51,7 @@ def advantage(
         raise ValueError(f"eps_w must be finite and not negative, not {eps_w}")
     require_batch(mask, teacher_logp=teacher_logp, student_logp=student_logp)
     require_same_shape(advantage=advantage, responses=mask[:, 0])
+    require_constant(advantage)
     A = advantage.unsqueeze(1)  # (B, 1)
     w = evidence_weight(A, teacher_logp, student_logp, mask)
     multiplier = (1 - lam) + lam * w.clamp(1 - eps_w, 1 + eps_w)
@@ -66,6 +68,7 @@ def evidence_weight(advantage: Tensor, teacher_logp: Tensor, student_logp: Tenso
     advantage (B, 1) or (B, R); the others as in `advantage`
     """
     gain = torch.where(mask, teacher_logp - student_logp, 0.0)  # Δ
+    require_log_ratio(gain)
     w = torch.where(advantage == 0, 0.0, advantage.sign() * gain).exp()
     return w.detach()  # drops ∇P_S, the sg of Δ: the weight is a judgement, not an objective
 

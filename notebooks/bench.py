@@ -7,6 +7,7 @@ optimizer. notebooks/speed.py measures more by the same means.
 
 import argparse
 import json
+import os
 import platform
 import re
 import time
@@ -21,6 +22,7 @@ from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.methods import METHODS, Scored
 from nano_opd.rollout import Rollout, score
 from nano_opd.system.config import Config
+from nano_opd.system.console import accept_any_text
 from nano_opd.system.device import compiled, has_compiler, keep_freed_memory, resolve
 from nano_opd.system.fast_rollout import sampler
 from nano_opd.tokenizer import EOS
@@ -125,7 +127,7 @@ def measure(student: GPT, teacher: GPT, B: int, dtype: torch.dtype, seconds: flo
 def processor() -> str:
     """The CPU's name as Linux gives it; elsewhere, as Python does."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    found = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8") if info.exists() else "")
     return found[1] if found else platform.processor() or platform.machine()
 
 
@@ -152,6 +154,7 @@ def markdown(rows: list[dict]) -> str:
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None, path: Path | None = None) -> argparse.Namespace:
     """What to measure, where, and the tables in --json. Bad input ends the program: one sentence, exit code 2."""
+    accept_any_text()
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # without the page of usage
     parser.add_argument("--large", action="store_true", help="6×384 and 12×768 on a CPU too")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -159,13 +162,14 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None, path: Pa
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--json", type=Path, default=path, help="file of tables; those not measured now are kept")
     args = parser.parse_args(arguments)
-    if args.threads < 1:
-        parser.error(f"--threads {args.threads}: must be 1 or more")
+    most = os.cpu_count() or 1
+    if not 1 <= args.threads <= most:
+        parser.error(f"--threads {args.threads}: must be from 1 to {most}")
     try:
         args.device, args.tables = resolve(args.device), {}
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.tables = json.loads(args.json.read_text()) if args.json.exists() else {}
+            args.tables = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
     except (OSError, ValueError) as error:
         parser.error(f"--device {args.device}, --json {args.json}: {error}")
     args.dtype, args.sizes = getattr(torch, args.dtype), SIZES[: 4 if args.large or args.device.type == "cuda" else 2]
@@ -179,7 +183,7 @@ def publish(name: str, rows: list[dict], args: argparse.Namespace) -> None:
     args.tables[name] = {"machine": machine(args.device, args.dtype), "rows": rows}
     print(f"\n{name}: {args.tables[name]['machine']}\n\n{markdown(rows)}", flush=True)
     if args.json:
-        args.json.write_text(json.dumps(args.tables, indent=1, ensure_ascii=False) + "\n")
+        args.json.write_text(json.dumps(args.tables, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -45,7 +45,7 @@ OWN_COLOR |= dict(
 def read_results(path: Path | str) -> dict[str, list[list[dict]]]:
     """A file of notebooks/results: arm → one list of rows per seed, as `seed_panels` takes them; None for no number."""
     results: dict[str, dict[str, list[dict]]] = {}
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         for row in csv.DictReader(file):
             arm, seed = row.pop("arm"), row.pop("seed")
             numbers = {name: float(value) if value else None for name, value in row.items()}

@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nano_opd import divergences, judge
+from nano_opd.system.console import accept_any_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "notebooks" / "results"
@@ -158,7 +159,7 @@ def tables(folder: Path) -> dict[str, str]:
 def speed_tables(folder: Path) -> dict[str, str]:
     """What speed.py measured, each table under the machine that it was measured on."""
     path = folder / "speed.json"
-    measured = json.loads(path.read_text()) if path.exists() else {}
+    measured = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     measured.pop("scaling", None)  # is drawn
     return {f"speed {name}": f"{t['machine']}:\n\n{bench.markdown(t['rows'])}" for name, t in measured.items()}
 
@@ -223,11 +224,12 @@ def pages(folder: Path) -> dict[Path, str]:
     for name, text in tables(folder).items():
         folder_of = {"found": ROOT, "speed": ROOT / "nano_opd" / "system"}.get(name.split()[0], ROOT / "notebooks")
         filled.setdefault(folder_of / "README.md", {})[name] = text
-    return {path: fill(path.read_text(), texts) for path, texts in filled.items()}
+    return {path: fill(path.read_text(encoding="utf-8"), texts) for path, texts in filled.items()}
 
 
 def main() -> None:
     """Write the figures and the READMEs, or the figures of another folder, and print its tables."""
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, help="of CSVs (default: notebooks/results, into the READMEs)")
     folder = parser.parse_args().folder
@@ -237,7 +239,7 @@ def main() -> None:
         print(*(f"## {name}\n\n{text}\n" for name, text in tables(folder).items()), sep="\n")
     else:
         for path, text in pages(RESULTS).items():
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import torch
 from bench import processor
 
 from nano_opd.system import config
+from nano_opd.system.console import accept_any_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -205,7 +206,7 @@ class Run:
         """Whether this very run has been made to its end. Raises SystemExit if its folder holds another."""
         folder = self.cfg.run_dir
         if (folder / "config.json").exists():
-            saved = json.loads((folder / "config.json").read_text())
+            saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             if any(saved.get(name) != value for name, value in self.cfg.run_key().items()):
                 sys.exit(f"reproduce.py: {folder} holds another run: move it away, or give another --out-dir")
         return (folder / "provenance.json").exists()
@@ -240,7 +241,8 @@ def plan(experiment: str, out: Path, quick: bool) -> list[Run]:
             folder = out / experiment / name.replace(", ", "-").replace(" ", "-")
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "warm_starts").exists():
-                (folder / "warm_starts").symlink_to((out / "warm_starts").resolve())
+                with contextlib.suppress(OSError):  # Windows lets few users make links; there each arm has its own
+                    (folder / "warm_starts").symlink_to((out / "warm_starts").resolve())
             arguments = [*e.common.split(), *flags.split(), "--seed", str(seed), "--out-dir", str(folder), "--resume"]
             arguments += QUICK.split() if quick else []  # put last, so that it overrides what stands before
             planned.append(Run(experiment, name, seed, arguments, config.parse(arguments)))
@@ -276,7 +278,7 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
         "processor": processor(),
         "threads": str(torch.get_num_threads()),
     }
-    (run.cfg.run_dir / "provenance.json").write_text(json.dumps(note, indent=2))
+    (run.cfg.run_dir / "provenance.json").write_text(json.dumps(note, indent=2), encoding="utf-8")
     return time.monotonic() - started, " ".join(stderr.getvalue().splitlines()[-1:])
 
 
@@ -289,6 +291,7 @@ def commit() -> str:
 
 def main() -> None:
     """Run what is missing, then write one CSV per experiment."""
+    accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="two seeds of a miniature, to see that everything runs")
@@ -297,6 +300,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.experiments) - set(EXPERIMENTS):
         parser.error(f"unknown experiments {', '.join(sorted(unknown))}: choose from {', '.join(EXPERIMENTS)}")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: must be 1 or more")
     out = args.out_dir / ("quick" if args.quick else "reproduce")
     results = out / "results" if args.quick else ROOT / "notebooks" / "results"
     results.mkdir(parents=True, exist_ok=True)
@@ -334,7 +339,7 @@ def main() -> None:
 
 def read(path: Path) -> list[dict[str, str]]:
     """A CSV as a list of rows."""
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         return [*csv.DictReader(file)]
 
 
@@ -342,18 +347,18 @@ def write(results: Path, experiment: str, planned: list[Run]) -> None:
     """One CSV of all rows, numbers to five digits, no column that is empty everywhere; and where they were made."""
     rows = [row for run in planned for row in run.rows()]
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
-    with open(results / f"{experiment}.csv", "w", newline="") as file:
+    with open(results / f"{experiment}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         for row in sorted(rows, key=lambda row: (row["arm"], int(row["seed"]), int(row["step"]))):
             numbers = [f"{float(row[name]):.5g}" if "." in row[name] else row[name] for name in columns[2:]]
             writer.writerow([row["arm"], row["seed"], *numbers])
 
-    notes = [json.loads((run.cfg.run_dir / "provenance.json").read_text()) for run in planned]
+    notes = [json.loads((run.cfg.run_dir / "provenance.json").read_text(encoding="utf-8")) for run in planned]
     note = {"experiment": experiment} | {k: "; ".join(sorted({n[k] for n in notes})) for k in notes[0]}
     path = results / "provenance.csv"
     others = [row for row in read(path) if row["experiment"] != experiment] if path.exists() else []
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, note, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted([*others, note], key=lambda row: [*EXPERIMENTS].index(row["experiment"])))

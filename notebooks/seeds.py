@@ -10,11 +10,11 @@ from scipy import stats
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean over seeds, or of paired differences over seeds, and the ends of its 95 % interval by Student's t.
 
-    One value has no interval: its ends are NaN. Raises ValueError for no value.
+    One value has no interval: its ends are NaN. Raises ValueError for no value, or one that is not finite.
     """
     n = len(values)
-    if n == 0:
-        raise ValueError("an interval needs at least one value")
+    if n == 0 or not all(map(math.isfinite, values)):
+        raise ValueError(f"an interval needs at least one value, and all of them finite, not {[*values]}")
     mean = sum(values) / n
     if n == 1:
         return mean, math.nan, math.nan
@@ -26,7 +26,7 @@ def paired_p(differences: Sequence[float]) -> float:
     """Two-sided p-value of the hypothesis that paired differences over seeds have mean 0, by Student's t.
 
     Differences that are all equal have no spread, and t is undefined. If they are 0 the p-value is 1; otherwise it is
-    that of the sign test, 2^{1−n}, which needs no spread. One difference has none: NaN. Raises ValueError for none.
+    that of the sign test, 2^{1−n}, which needs no spread. One difference has none: NaN. Raises as mean_interval.
     """
     n, mean = len(differences), mean_interval(differences)[0]
     if n == 1:

@@ -252,7 +252,9 @@ def main(arguments: list[str] | None = None) -> None:
         bench.publish(name, rows, args)
         if name == "scaling":
             rounded = [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
-            (args.json.parent / "scaling.csv").write_text("\n".join(map(",".join, [rows[0], *rounded])) + "\n")
+            (args.json.parent / "scaling.csv").write_text(
+                "\n".join(map(",".join, [rows[0], *rounded])) + "\n", encoding="utf-8"
+            )
             figures.save(scaling_figure(rows), args.json.parent / "scaling.png")
 
 

@@ -79,7 +79,7 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "measure", lambda *what, real=bench.measure: real(*what, seconds=0))
     path = tmp_path / "new" / "b.json"
     bench.main(["--device", "cpu", "--threads", "1", "--json", str(path)])
-    (table,) = json.loads(path.read_text()).values()
+    (table,) = json.loads(path.read_text(encoding="utf-8")).values()
     rows = [(row["phase"], row["compile"]) for row in table["rows"]]
     assert rows == [(phase, "off") for phase in ("rollout", "score", "update", "step")] * 2
     columns = "size;B;phase;compile;tokens/s;ms;on / off;calls;peak, MB"
@@ -103,7 +103,9 @@ def test_markdown_rounds_and_leaves_blanks():
     assert table.splitlines()[2:] == ["| 2×64 | 12,345 | 1.23 [1, 200] |", "|  | 0.5 | 0.0001 |"]
 
 
-@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--device", "abacus"], ["--dtype", "int8"], ["--larg"]])
+@pytest.mark.parametrize(
+    "arguments", [["--threads", "0"], ["--threads", "100000"], ["--device", "abacus"], ["--dtype", "int8"], ["--larg"]]
+)
 def test_a_bad_command_line_gets_one_sentence(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
@@ -112,7 +114,7 @@ def test_a_bad_command_line_gets_one_sentence(arguments, capsys):
 
 
 def test_a_file_that_holds_no_tables_is_left_alone(tmp_path, capsys):
-    (path := tmp_path / "b.json").write_text("{")
+    (path := tmp_path / "b.json").write_text("{", encoding="utf-8")
     with pytest.raises(SystemExit) as stopped:
         bench.main(["--json", str(path)])
-    assert stopped.value.code == 2 and "b.json" in capsys.readouterr().err and path.read_text() == "{"
+    assert stopped.value.code == 2 and "b.json" in capsys.readouterr().err and path.read_text(encoding="utf-8") == "{"

@@ -47,6 +47,18 @@ def test_every_flipped_byte_of_the_data_is_refused_or_harmless(path):
     assert refused > 0.8 * len(range(0, len(content), 41))
 
 
+def test_a_state_that_does_not_fit_is_refused(path):
+    """A model that has changed since, no such part, or half of one."""
+    model = torch.nn.Linear(2, 3)
+    for state in ({}, {"model": {}}, {"model": torch.nn.Linear(2, 2).state_dict()}, {"model": [1]}, {"model": None}):
+        checkpoint.save(path, KEY, state)
+        with pytest.raises(CheckpointError, match="does not fit the code as it is now"):
+            checkpoint.load(path, KEY, parts={"model": model})
+    checkpoint.save(path, KEY, {"model": torch.nn.Linear(2, 3).state_dict()})
+    state = checkpoint.load(path, KEY, parts={"model": model})
+    assert torch.equal(state["model"]["weight"], model.weight)
+
+
 class Malicious:
     """A pickle that would run a command when it is loaded."""
 

@@ -28,11 +28,11 @@ ARMS = {arm for experiment in reproduce.EXPERIMENTS.values() for arm in experime
 def test_the_readmes_say_what_the_results_say(page):
     made = pages.pages(RESULTS)
     assert set(made) == set(PAGES)
-    assert made[page] == page.read_text(), "run python notebooks/pages.py"
+    assert made[page] == page.read_text(encoding="utf-8"), "run python notebooks/pages.py"
 
 
 def test_every_block_of_a_readme_is_filled():
-    marked = [name for page in PAGES for name in re.findall(r"<!-- (\w[\w ]*) -->", page.read_text())]
+    marked = [name for page in PAGES for name in re.findall(r"<!-- (\w[\w ]*) -->", page.read_text(encoding="utf-8"))]
     assert sorted(marked) == sorted(pages.tables(RESULTS))
 
 
@@ -44,7 +44,7 @@ def test_the_figures_are_those_of_the_results():
 
 
 def test_each_figure_is_linked_where_it_is_explained():
-    linked = [re.findall(r"\]\(([\w./]+\.png)\)", page.read_text()) for page in PAGES[:2]]
+    linked = [re.findall(r"\]\(([\w./]+\.png)\)", page.read_text(encoding="utf-8")) for page in PAGES[:2]]
     assert sorted(linked[0]) == ["notebooks/results/collapse.png", "notebooks/results/flow.png"]
     assert sorted(linked[1]) == ["results/dense.png", "results/rate.png", "results/rlsd.png"]
     for page, links in zip(PAGES, linked):
@@ -53,12 +53,12 @@ def test_each_figure_is_linked_where_it_is_explained():
 
 def test_one_other_number_in_a_csv_is_another_readme_and_another_figure(tmp_path):
     folder = shutil.copytree(RESULTS, tmp_path / "results")
-    with open(folder / "opd.csv") as file:
+    with open(folder / "opd.csv", encoding="utf-8") as file:
         rows = [*csv.DictReader(file)]
     changed = next(row for row in rows if row["arm"] == "opdplus, jsd, sampled" and row["seed"] == "3")
     changed["accuracy"] = str(float(changed["accuracy"]) + 0.01)  # at the start
     rows[[*map(id, rows)].index(id(changed)) + 1]["kl"] = "7"  # which no table shows
-    with open(folder / "opd.csv", "w", newline="") as file:
+    with open(folder / "opd.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -233,7 +233,7 @@ def test_blocks_are_filled_between_their_marks_and_nowhere_else():
 
 
 def test_what_the_readme_says_one_sees_is_in_the_results():
-    readme, results = (ROOT / "README.md").read_text(), claims.load(RESULTS)
+    readme, results = (ROOT / "README.md").read_text(encoding="utf-8"), claims.load(RESULTS)
     key = lambda arguments: config.parse([*arguments, "--eval-every", "25", "--eval-size", "250"]).run_key()
     from_0 = [e for e in reproduce.EXPERIMENTS.values() if e.first_seed == 0]
     arms = {str(key(f"{e.common} {flags}".split())): arm for e in from_0 for arm, flags in e.arms.items()}

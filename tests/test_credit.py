@@ -28,6 +28,10 @@ def test_token_credit_by_hand():
     torch.testing.assert_close(ratio, torch.tensor([1.0, 4.0, 2.0, 0.0]))
     torch.testing.assert_close(first, torch.tensor([0.25, 1.0, 0.5, 0.0]))
     torch.testing.assert_close(credit.token_credit(10 * advantage, mask, torch.tensor([2, 1, 1, 0])), (ratio, first))
+    nothing = credit.token_credit(torch.zeros(4, 4), mask, torch.tensor([2, 1, 1, 0]))[0]
+    assert torch.equal(nothing, torch.ones(4))  # equal everywhere
+    with pytest.raises(ValueError, match="shapes must be equal"):
+        credit.token_credit(advantage[:, :1], mask, torch.tensor([2, 1, 1, 0]))
     for token, cut in [(3, mask), (0, mask & (torch.arange(4) < 1))]:
         with pytest.raises(ValueError, match="inside a response of at least two tokens"):
             credit.token_credit(advantage, cut, torch.full((4,), token))

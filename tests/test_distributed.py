@@ -43,7 +43,11 @@ ARMS = {
     "rlsd": "--method rlsd --epochs 2 --group-size 2 --lam 1 --eps-w 0.9",
     "shuffled": "--method rlsd --reference shuffled --lam 1 --eps-w 0.9",
 }
-RUN = "opdplus-jsd-sampled-add2-seed0-ranks2"
+
+
+def run_of(out_dir):
+    (folder,) = out_dir.glob("opdplus-jsd-sampled-add*")
+    return folder
 
 
 def lucky(problems, rollout):
@@ -241,12 +245,12 @@ def finished(tmp_path_factory):
 
 
 def metrics(out_dir):
-    with open(out_dir / RUN / "metrics.csv") as file:
+    with open(run_of(out_dir) / "metrics.csv", encoding="utf-8") as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
 def state(out_dir):
-    return torch.load(out_dir / RUN / "checkpoint.pt", weights_only=True)["state"]
+    return torch.load(run_of(out_dir) / "checkpoint.pt", weights_only=True)["state"]
 
 
 def same(first, second):
@@ -256,9 +260,9 @@ def same(first, second):
 
 def test_a_run_of_two_processes_is_one_run(finished):
     out_dir, ended = finished
-    files = sorted(p.name for p in (out_dir / RUN).iterdir())
+    files = sorted(p.name for p in (run_of(out_dir)).iterdir())
     assert files == ["checkpoint.pt", "config.json", "curves.png", "metrics.csv"]
-    assert sorted(p.name for p in out_dir.iterdir()) == ["0.pt", "1.pt", RUN, "warm_starts"]
+    assert sorted(p.name for p in out_dir.iterdir()) == ["0.pt", "1.pt", run_of(out_dir).name, "warm_starts"]
     rows = metrics(out_dir)
     assert [int(row["rollouts"]) for row in rows] == list(range(0, 13 * 16, 16))
     assert all(row["grad_norm"] for row in rows[:-1]) and ended.stdout.count("step     5") == 1

@@ -41,7 +41,7 @@ def test_seed_curves_draw_the_mean_over_seeds_and_skip_what_was_not_measured():
 
 def test_results_are_read_as_they_were_written(tmp_path):
     path = tmp_path / "x.csv"
-    path.write_text('arm,seed,step,kl,leak_rate\na,0,0,0.5,\na,0,1,0.25,\na,1,0,1,0\n"b, c",0,0,2,\n')
+    path.write_text('arm,seed,step,kl,leak_rate\na,0,0,0.5,\na,0,1,0.25,\na,1,0,1,0\n"b, c",0,0,2,\n', encoding="utf-8")
     results = figures.read_results(path)
     assert list(results) == ["a", "b, c"] and [len(rows) for rows in results["a"]] == [2, 1]
     assert results["a"][0][1] == {"step": 1, "kl": 0.25, "leak_rate": None} and results["a"][1][0]["leak_rate"] == 0

@@ -15,7 +15,7 @@ ESTIMATORS = ["opd", "opdplus", "gkd", "grpo", "opsd", "rlsd", "policy_gradient"
 
 def rows():
     """The cells of the ledger's table, without its head."""
-    section = LEDGER.read_text().split("\n## Equation ledger\n")[1].split("\n## ")[0]
+    section = LEDGER.read_text(encoding="utf-8").split("\n## Equation ledger\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")][2:]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
 
@@ -41,14 +41,14 @@ def test_every_function_exists():
 def test_every_test_exists():
     for name in named(3):
         file, test = name.split("::")
-        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), name
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
 
 
 def test_every_notebook_cell_exists():
     for name in named(4):
         number, cell = name.split("#")
         (notebook,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
-        ids = {c["id"] for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"}
+        ids = {c["id"] for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"}
         assert cell in ids, name
 
 

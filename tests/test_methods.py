@@ -491,7 +491,7 @@ def test_one_function_and_one_entry_are_a_new_method(tmp_path):
     assert "[rlsd, coin]" in said and "rlsd,coin}" in said
     (folder,) = tmp_path.glob("coin*")
     assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.pt", "config.json", "curves.png", "metrics.csv"]
-    header, *lines = (folder / "metrics.csv").read_text().splitlines()
+    header, *lines = (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
     rows = [dict(zip(header.split(","), line.split(","))) for line in lines]
     assert len(rows) == 13 and all(float(row["grad_norm"]) > 0 for row in rows[:-1])
     assert all(0 < float(row["clip_fraction"]) < 1 for row in rows[:-1])

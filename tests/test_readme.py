@@ -14,8 +14,10 @@ import reproduce
 from nano_opd.system import config, runs
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path: path.read_text() for path in sorted(ROOT.glob("*/**/README.md")) if "out" not in path.parts}
-PAGES[ROOT / "README.md"] = README = (ROOT / "README.md").read_text()
+PAGES = {
+    path: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*/**/README.md")) if "out" not in path.parts
+}
+PAGES[ROOT / "README.md"] = README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGE, SYSTEM = (PAGES[ROOT / "nano_opd" / folder / "README.md"] for folder in ("", "system"))
 ALL = "\n".join(PAGES.values())
 
@@ -45,7 +47,7 @@ def test_every_file_is_on_the_map_of_its_folder(folder, page, heading):
 
 
 def test_every_test_named_exists():
-    tests = "\n".join(p.read_text() for p in (ROOT / "tests").glob("*.py"))
+    tests = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("*.py"))
     names = set(re.findall(r"`(test_\w+)`", ALL))
     assert len(names) > 5 and all(f"def {name}(" in tests for name in names)
 
@@ -66,7 +68,7 @@ def test_every_command_parses():
 
 def test_every_option_is_in_a_readme_an_experiment_or_a_recipe_of_the_tests():
     """No option that nobody uses: each stands in some README, or in an arm of an experiment."""
-    used = ALL + str(reproduce.EXPERIMENTS) + reproduce.QUICK + Path(reproduce.__file__).read_text()
+    used = ALL + str(reproduce.EXPERIMENTS) + reproduce.QUICK + Path(reproduce.__file__).read_text(encoding="utf-8")
     unused = [name for name in vars(config.Config()) if f"--{name.replace('_', '-')}" not in used]
     assert unused == []
 
@@ -85,7 +87,7 @@ def extended(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.split("\n## Extend it\n")[1], re.S)
     shutil.copytree(ROOT / "nano_opd", tmp_path / "nano_opd")
     for name, block in zip(("divergences", "arithmetic", "methods"), blocks, strict=True):
-        with open(tmp_path / "nano_opd" / f"{name}.py", "a") as file:
+        with open(tmp_path / "nano_opd" / f"{name}.py", "a", encoding="utf-8") as file:
             file.write(f"\n\n{block}")
     shutil.copy(ROOT / "train.py", tmp_path)
     return tmp_path

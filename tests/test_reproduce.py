@@ -63,12 +63,12 @@ def test_all_arms_and_seeds_end_in_one_file_and_are_not_run_twice(tiny, monkeypa
     said = capsys.readouterr().out
     assert "4 of 4 runs to make" in said and all(f"\n{n}/4  tiny: " in said and "ETA" in said for n in range(1, 5))
 
-    (folder,) = (tiny.out / "tiny" / "grpo").glob("*seed0")
-    with open(folder / "metrics.csv") as file:
+    (folder,) = (tiny.out / "tiny" / "grpo").glob("*seed0*")
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
         norms = [float(row["grad_norm"]) for row in csv.DictReader(file) if row["grad_norm"]]
     want = [sum(norms[:2]) / 2, sum(norms[2:]) / 2]  # of the updates between two evaluations
     assert [row["grad_norm"] for row in results["grpo"][0][:2]] == pytest.approx(want, rel=1e-4)
-    with open(tiny.out / "results" / "provenance.csv") as file:
+    with open(tiny.out / "results" / "provenance.csv", encoding="utf-8") as file:
         (note,) = csv.DictReader(file)
     assert note["experiment"] == "tiny" and note["threads"] == "1" and all(note.values())
 
@@ -83,11 +83,23 @@ def test_a_folder_of_another_run_a_refused_one_and_a_diverging_one(tiny):
     tiny(opd=f"{diverging} 1e38")  # ends early, and is a result
     assert len(figures.read_results(tiny.out / "results" / "tiny.csv")["opd"][0]) == 1
     with pytest.raises(SystemExit, match="holds another run"):
-        tiny(opd=f"{diverging} 1e37")
-    (tiny.out / "tiny" / "rlsd").mkdir()
-    (tiny.out / "tiny" / "rlsd" / "rlsd-add2-seed0").write_text("a file where the run's folder should be")
-    with pytest.raises(SystemExit, match="reproduce.py: python train.py .*\n.*cannot make"):
+        tiny(opd=f"{diverging} 1e38 --eval-every 3")
+    (folder := tiny.out / "tiny" / "rlsd").mkdir()
+    name = config.parse(f"{TINY} --method rlsd".split()).run_dir.name
+    (folder / name).write_text("a file where the run's folder should be", encoding="utf-8")
+    with pytest.raises(SystemExit, match="reproduce.py: python train.py .*\n.*cannot use"):
         tiny(rlsd="--method rlsd")
+
+
+def test_without_links_or_with_no_jobs(tiny, monkeypatch, capsys):
+    """Windows lets few users make links: every arm has warm starts of its own there."""
+    monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError("privilege")))
+    tiny(f"{TINY} --steps 1", grpo="--method grpo")
+    assert len([*tiny.out.glob("tiny/grpo/warm_starts/*.pt")]) == 2
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--jobs", "0"])
+    with pytest.raises(SystemExit) as end:
+        tiny(grpo="--method grpo")
+    assert end.value.code == 2 and "--jobs 0: must be 1 or more" in capsys.readouterr().err
 
 
 def test_an_interrupt_ends_the_runs_in_hand_and_begins_no_other(tmp_path):
@@ -101,9 +113,9 @@ sys.argv = ["reproduce.py", "--quick", "--jobs", "1", "--out-dir", "{tmp_path}"]
 if __name__ == "__main__":
     reproduce.main()
 """
-    (tmp_path / "start.py").write_text(lines)
+    (tmp_path / "start.py").write_text(lines, encoding="utf-8")
     begun = lambda: sorted(path.parent.name for path in tmp_path.glob("quick/long/*/*/checkpoint.pt"))
-    environment = os.environ | {"PYTHONPATH": str(Path(reproduce.__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(reproduce.__file__).parents[:2]))}
     command = [sys.executable, str(tmp_path / "start.py")]
     with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE) as process:
         try:

@@ -17,8 +17,9 @@ def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says():
     mean, low, high = seeds.mean_interval([3.0])
     assert mean == 3 and math.isnan(low) and math.isnan(high)
     assert seeds.mean_interval([0.25] * 5) == (0.25, 0.25, 0.25)
-    with pytest.raises(ValueError, match="at least one value"):
-        seeds.mean_interval([])
+    for none, of in [((), seeds.mean_interval), ((1, math.nan), seeds.paired_p), ((2, math.inf), seeds.paired_p)]:
+        with pytest.raises(ValueError, match="at least one value, and all of them finite"):
+            of(none)
 
 
 def test_the_p_value_of_paired_differences():

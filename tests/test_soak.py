@@ -17,7 +17,7 @@ TINY = "--digits 2 --teacher-layers 1 --teacher-width 8 --student-layers 1 --stu
 def resident() -> int:
     """Bytes of this process that are in memory now."""
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's memory from Linux's /proc")

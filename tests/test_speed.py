@@ -60,7 +60,7 @@ def small(monkeypatch):
 def test_the_tables(small, tmp_path, capsys):
     path = tmp_path / "new" / "b.json"
     speed.main(["--device", "cpu", "--threads", "1", "--json", str(path)])
-    tables = json.loads(path.read_text())
+    tables = json.loads(path.read_text(encoding="utf-8"))
     assert list(tables) == ["speed", "vocabulary"]
     rows = [(row["phase"], row["compile"]) for row in tables["speed"]["rows"][:4]]
     assert rows == [(phase, "off") for phase in ("rollout", "score", "update", "step")]
@@ -81,13 +81,18 @@ def test_the_stored_tables_are_those_that_would_be_written(small, tmp_path, monk
     arguments = ["--device", "cpu", "--threads", "1", "--json", str(tmp_path / "b.json")]
     speed.main(arguments)
     speed.main([*arguments, "--peers", "--precision", "--scaling"])
-    stored, written = (json.loads(p.read_text()) for p in (speed.RESULTS / "speed.json", tmp_path / "b.json"))
+    stored, written = (
+        json.loads(p.read_text(encoding="utf-8")) for p in (speed.RESULTS / "speed.json", tmp_path / "b.json")
+    )
     assert list(stored) == list(written)
     compiled = "sample, compiled / this"  # a column where there is a compiler
     for name in stored:
         columns = [column for column in stored[name]["rows"][0] if column != compiled]
         assert columns == list(written[name]["rows"][0])
-    with open(speed.RESULTS / "scaling.csv") as first, open(tmp_path / "scaling.csv") as second:
+    with (
+        open(speed.RESULTS / "scaling.csv", encoding="utf-8") as first,
+        open(tmp_path / "scaling.csv", encoding="utf-8") as second,
+    ):
         assert next(csv.reader(first)) == next(csv.reader(second))
     assert (tmp_path / "scaling.png").exists()
 

@@ -4,6 +4,8 @@ A checkpoint is a torch.save file of {"key": what determines it, "state": …}. 
 checks the CRC-32 of every record, unpickles tensors and plain containers only, never code, and compares the key.
 """
 
+import contextlib
+import io
 import os
 import pickle
 import zipfile
@@ -25,28 +27,32 @@ class WriteError(OSError):
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write` on a temporary file, flush it to the disk, then rename it: `path` is the old file or the new, whole.
+    """Write what `write` makes to a temporary file, flush it, then rename it: `path` is the old file or the new, whole.
 
     Raises WriteError for a full disk, a missing permission and the like.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = io.BytesIO()  # torch's zip writer, writing to the disk itself, hides a full one behind another error
+    write(content)
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "wb") as file:
-                write(file)
+            with open(temporary, "xb") as file:
+                file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+    except OSError as error:
+        raise WriteError(f"cannot write {path} ({error.strerror}); what was there before is intact") from error
+    with contextlib.suppress(OSError):  # Windows and some network file systems open or flush no folder
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)  # the rename itself must survive a power cut
         finally:
             os.close(directory)
-    except OSError as error:
-        raise WriteError(f"cannot write {path} ({error.strerror}); what was there before is intact") from error
 
 
 def save(path: Path, key: dict, state: dict) -> None:
@@ -54,8 +60,11 @@ def save(path: Path, key: dict, state: dict) -> None:
     write_atomically(path, lambda file: torch.save({"format": FORMAT, "key": key, "state": state}, file))
 
 
-def load(path: Path, key: dict, device: torch.device | str = "cpu") -> dict:
-    """The state saved at `path`. Raises CheckpointError unless the file is intact and was saved with an equal `key`."""
+def load(path: Path, key: dict, device: torch.device | str = "cpu", parts: dict | None = None) -> dict:
+    """The state saved at `path`, of which each of `parts`, such as a model, has then loaded what has its name.
+
+    Raises CheckpointError unless the file is intact, was saved with an equal `key`, and fits the parts.
+    """
     remedy = "delete it to train again, or choose another --out-dir"
     try:
         with zipfile.ZipFile(path) as archive:
@@ -71,11 +80,16 @@ def load(path: Path, key: dict, device: torch.device | str = "cpu") -> dict:
     except Exception as error:  # zipfile and torch answer damage with a dozen kinds of exception
         raise CheckpointError(f"{path} is truncated or not a checkpoint: {remedy}") from error
 
-    parts = [content.get(name) for name in ("key", "state")] if isinstance(content, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts) or content.get("format") != FORMAT:
+    saved = [content.get(name) for name in ("key", "state")] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) for part in saved) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a nano_opd checkpoint of format {FORMAT}: {remedy}")
     if different := differences(content["key"], key):
         raise CheckpointError(f"{path} belongs to another configuration ({different}): {remedy}")
+    try:
+        for name, part in (parts or {}).items():
+            part.load_state_dict(content["state"][name])
+    except Exception as error:  # another model's, since the code was edited
+        raise CheckpointError(f"{path} does not fit the code as it is now: {remedy}") from error
     return content["state"]
 
 

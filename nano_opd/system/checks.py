@@ -26,8 +26,8 @@ def require_same_shape(**tensors: Tensor) -> None:
 
 
 def require_batch(mask: Tensor, **tensors: Tensor) -> None:
-    """Raises ValueError unless mask (B, R) is bool and the others are floating-point of the same shape."""
-    if mask.dtype != torch.bool or mask.ndim != 2:
+    """Raises ValueError unless mask (B, R) is bool and not empty, and the others are floating-point of its shape."""
+    if mask.dtype != torch.bool or mask.ndim != 2 or not mask.numel():
         raise ValueError(f"mask must be bool (B, R), not {mask.dtype} {tuple(mask.shape)}")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():

@@ -6,7 +6,7 @@ The command line is made from this dataclass, and the dataclass that ran is the 
 import argparse
 import dataclasses
 import hashlib
-import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 from nano_opd import arithmetic, divergences
 from nano_opd.gpt import GPTConfig
 from nano_opd.methods import METHODS, Method
-from nano_opd.system import device, distributed
+from nano_opd.system import device, distributed, memory
 from nano_opd.system.checks import did_you_mean
 from nano_opd.tokenizer import VOCAB_SIZE
 
@@ -29,7 +29,7 @@ def option(default, help, *, choices=None, low=None, high=None, needs: Callable[
 
 
 # The defaults that a method or a task may replace. A teacher is trained until it is right, a student until it sometimes
-# is: its updates are those of the recipe, for 3 digits of add, times EFFORT, times digits/3.
+# is: for 3 digits of add in the recipe's updates, else times EFFORT times digits/3.
 RECIPE = {"steps": 400, "batch_size": 128, "lr": 5e-3, "student_steps": 110, "teacher_steps": 400}
 OF_TASK = {"mul": {"teacher_steps": 800, "steps": 800}, "mix": {"teacher_steps": 1600, "steps": 800}}
 EFFORT = {"sub": 1.25, "mul": 1.5, "mix": 2.5}
@@ -92,7 +92,7 @@ class Config:
     student_layers: int = option(2, "student: transformer blocks", low=1)
     student_width: int = option(64, "student: channels", low=8)
     student_steps: int = option(
-        None, f"student: supervised updates of its warm start; × digits/3 × {EFFORT} of its task", low=0
+        None, "student: warm-start updates; × digits/3; sub × 1.25, mul × 1.5, mix × 2.5", low=0
     )
     sft_batch_size: int = option(64, "worked solutions per supervised update of the warm starts", low=1)
     sft_lr: float = option(1e-2, "learning rate of the warm starts, falling to 0", low=0.0)
@@ -109,11 +109,9 @@ class Config:
 
     def __post_init__(self):
         """What was not given is the method's recipe. Raises ValueError: the flag, the value and what is allowed."""
-        recipe = RECIPE | OF_TASK.get(self.task, {})
-        recipe |= METHODS[self.method].recipe if self.method in METHODS else {}
-        recipe["student_steps"] = round(recipe["student_steps"] * EFFORT.get(self.task, 1) * self.digits / 3)
-        for name in [name for name in recipe if getattr(self, name) is None]:
-            object.__setattr__(self, name, recipe[name])
+        for name, value in recipe(self.method, self.task, self.digits).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             choices, low, high = (field.metadata[key] for key in ("choices", "low", "high"))
@@ -121,16 +119,15 @@ class Config:
                 hint = did_you_mean(str(value), choices)
                 raise ValueError(f"{_flag(field.name)} {value}: choose from {', '.join(choices)}{hint}")
             if low is not None and not (low <= value <= high if high is not None else low <= value < float("inf")):
-                allowed = f"from {low} to {high}" if high is not None else f"{low} or more"
+                unbounded = f"{low} or more" + " and finite" * isinstance(value, float)
+                allowed = unbounded if high is None else f"from {low} to {high}"
                 raise ValueError(f"{_flag(field.name)} {value}: must be {allowed}")
         divergences.get(self.divergence)
         if self.digits == 1:
             raise ValueError("--digits 1: a problem is one column, so no held-out one is ever taught; give 2 or more")
         if self.variance == "full" and "variance" in METHODS[self.method].options:
             if self.gamma > 0:
-                raise ValueError(
-                    f"--gamma {self.gamma} sums a sampled return, so --variance must be sampled or baseline"
-                )
+                raise ValueError(f"--gamma {self.gamma} sums what was sampled: leave --variance full out")
             if self.normalize != "batch" or self.log_u_clip > 0:
                 raise ValueError("--normalize and --log-u-clip have no meaning with --variance full: leave them out")
         N, G = distributed.world_size(), self.copies
@@ -178,12 +175,6 @@ class Config:
         layers, width = getattr(self, f"{who}_layers"), getattr(self, f"{who}_width")
         return GPTConfig(VOCAB_SIZE, self.prompt_length + self.response_cap, layers, n_embd=width)
 
-    def warm_start_key(self, who: str) -> dict:
-        """Everything that determines the weights of a warm start: two equal keys are one cached file."""
-        shared = ("task", "digits", "seed", "sft_batch_size", "sft_lr", "reference_slot")
-        sizes = {"who": who, "gpt": dataclasses.asdict(self.gpt(who)), "steps": getattr(self, f"{who}_steps")}
-        return sizes | {name: getattr(self, name) for name in shared}
-
     def run_key(self, resumed: bool = False) -> dict:
         """Everything that determines a run, or what a run has to keep when it is resumed."""
         left_out = ["out_dir", "resume", *(["steps", "eval_every", "device", "compile"] if resumed else [])]
@@ -191,17 +182,24 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """The run's own folder: its method and what that reads, task, seed and, since they sample, other ranks."""
-        parts, options = [self.method], METHODS[self.method].options
-        parts += [getattr(self, name) for name in ("divergence", "variance") if name in options]
-        parts += [f"gamma{self.gamma:g}"] if "gamma" in options and self.gamma else []
-        ranks = [f"ranks{distributed.world_size()}"] if distributed.world_size() > 1 else []
-        return Path(self.out_dir) / "-".join([*parts, f"{self.task}{self.digits}", f"seed{self.seed}", *ranks])
+        """The run's own folder, named after it and every option not at its default, but those free at --resume."""
+        named = "method divergence variance task digits seed".split()
+        parts = [self.method, *(getattr(self, name) for name in named[1:3] if name in METHODS[self.method].options)]
+        parts += [f"{self.task}{self.digits}", f"seed{self.seed}"]
+        default = recipe(self.method, self.task, self.digits)
+        changed = {k: v for k, v in self.run_key(resumed=True).items() if k not in named and v != default[k]}
+        parts += [f"{k}{'' if v is True else v}" for k, v in changed.items()]
+        parts += [f"ranks{distributed.world_size()}"] if distributed.world_size() > 1 else []
+        name = re.sub(r"[^\w.+=-]", "_", "-".join(parts), flags=re.ASCII)
+        short = f"{name[:107]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"  # some file systems allow 143
+        return Path(self.out_dir) / (name if len(name) <= 120 else short)
 
-    def warm_start_path(self, who: str) -> Path:
-        """Where the warm start with exactly this key is cached."""
-        digest = hashlib.sha256(json.dumps(self.warm_start_key(who), sort_keys=True).encode()).hexdigest()[:12]
-        return Path(self.out_dir) / "warm_starts" / f"{who}-{self.task}{self.digits}-seed{self.seed}-{digest}.pt"
+
+def recipe(method: str, task: str, digits: int) -> dict:
+    """Every option's default for this method, task and size."""
+    made = {f.name: f.default for f in dataclasses.fields(Config)} | RECIPE | OF_TASK.get(task, {})
+    made |= METHODS[method].recipe if method in METHODS else {}
+    return made | {"student_steps": round(made["student_steps"] * EFFORT.get(task, 1) * digits / 3)}
 
 
 _flag = lambda name: "--" + name.replace("_", "-")
@@ -250,5 +248,7 @@ def parse(arguments: list[str] | None = None) -> Config:
     except ValueError as error:
         parser.error(f"--device {error}")
     if device.compiles(config.compile, where) and not device.has_compiler(where):
-        parser.error("--compile on: needs a C++ compiler, and none is on the path; leave it out")
+        parser.error("--compile on: needs a C++ compiler and Python's headers, and one is missing; leave it out")
+    if message := memory.shortage(config, where):
+        parser.error(message)
     return config

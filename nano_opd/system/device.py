@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -69,8 +70,12 @@ def any_order() -> Iterator[None]:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile can make kernels, for which it needs a C++ compiler on a CPU."""
-    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "c++")) is not None
+    """Whether torch.compile can make kernels, for which it needs a C++ compiler on a CPU, and the headers of Python."""
+    program = os.environ.get(
+        "CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    )  # as it looks for one
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")
+    return device.type != "cpu" or (shutil.which(program) is not None and os.path.exists(header))
 
 
 def keep_freed_memory() -> None:

@@ -10,6 +10,7 @@ from nano_opd import arithmetic
 from nano_opd.evaluate import pass_at_k, prompts_of, response_texts, rewards, slots_of, wilson
 from nano_opd.gpt import GPT
 from nano_opd.system import checkpoint, distributed
+from nano_opd.system.console import say
 from nano_opd.system.fast_rollout import sampler
 from nano_opd.system.runs import Run
 from nano_opd.system.streams import draw_problems, torch_stream
@@ -27,7 +28,7 @@ def warn_of_a_weak_teacher(run: Run, teacher: GPT) -> None:
 
 def _print_if_weak(run: Run, right: Tensor) -> None:
     if right.mean() < 0.9 and not run.cfg.reference_slot:
-        print(f"a weak teacher, right only {right.mean():.2f} of the time: try more --teacher-steps", flush=True)
+        say(f"a weak teacher, right only {right.mean():.2f} of the time: try more --teacher-steps")
 
 
 def answers(
@@ -63,10 +64,10 @@ def report(run: Run, student: GPT, teacher: GPT) -> None:
         low, high = wilson(round(p * len(problems)), len(problems))
         return f"{p:.3f} [{low:.3f}, {high:.3f}]"
 
-    print(f"\n{cfg.run_dir.name}: {cfg.steps} updates of {cfg.batch_size} rollouts in {end['seconds']:.0f} s")
-    print(f"{len(problems)} held-out problems, start → end with 95 % intervals:")
+    say(f"\n{cfg.run_dir.name}: {cfg.steps} updates of {cfg.batch_size} rollouts in {end['seconds']:.0f} s")
+    say(f"{len(problems)} held-out problems, start → end with 95 % intervals:")
     for name, label in [("accuracy", "accuracy, sampled"), ("greedy_accuracy", "accuracy, greedy")]:
-        print(f"  {label:<24} {proportion(start[name])} → {proportion(end[name])}")
+        say(f"  {label:<24} {proportion(start[name])} → {proportion(end[name])}")
     for name, label in [
         ("kl", "KL to the teacher, nats"),
         ("entropy", "entropy, nats"),
@@ -74,17 +75,17 @@ def report(run: Run, student: GPT, teacher: GPT) -> None:
         ("truncated", "truncated, fraction"),
         *([("leak_rate", "answers that cite"), ("information_gap", "I(Y; R | X), nats")] if cfg.reference_slot else []),
     ]:
-        print(f"  {label:<24} {start[name]:.3f} → {end[name]:.3f}")
-    print(f"  {'pass@4':<24} {pass_at_k(torch.stack(correct, 1) > 0, 4):.3f} at the end")
+        say(f"  {label:<24} {start[name]:.3f} → {end[name]:.3f}")
+    say(f"  {'pass@4':<24} {pass_at_k(torch.stack(correct, 1) > 0, 4):.3f} at the end")
     who = "with reference" if cfg.reference_slot else "the teacher"
-    print(f"  {who + ', sampled':<24} {proportion(by_teacher.mean().item())}")
+    say(f"  {who + ', sampled':<24} {proportion(by_teacher.mean().item())}")
     _print_if_weak(run, by_teacher)
 
-    print("\nfive sampled answers, wrong ones first:")
+    say("\nfive sampled answers, wrong ones first:")
     for i in sorted(range(len(problems)), key=right.__getitem__)[:5]:
         wrong = f"wrong: {arithmetic.first_broken_step(problems[i], texts[0][i])}"
-        print(f"  {arithmetic.prompt(problems[i])}{texts[0][i]}   {'right' if right[i] else wrong}")
-    print(f"\nfiles in {cfg.run_dir}/: config.json, metrics.csv, checkpoint.pt, curves.png")
+        say(f"  {arithmetic.prompt(problems[i])}{texts[0][i]}   {'right' if right[i] else wrong}")
+    say(f"\nfiles in {cfg.run_dir}/: config.json, metrics.csv, checkpoint.pt, curves.png")
 
 
 def training_curves(rows: Sequence[dict], eval_size: int, response_cap: int, title: str) -> Figure:

@@ -1,14 +1,11 @@
 """A run around its loop: its folder, its place in the loop, what is saved and resumed, and how it ends.
 
-A run's folder holds config.json, metrics.csv, checkpoint.pt and curves.png. The warm starts of all runs are cached
-beside it, each under everything that determines its weights.
+A run's folder holds config.json, metrics.csv, checkpoint.pt and curves.png.
 """
 
 import contextlib
 import csv
-import dataclasses
 import io
-import json
 import os
 import signal
 import sys
@@ -21,9 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nano_opd.gpt import GPT
-from nano_opd.system import checkpoint, distributed
+from nano_opd.system import checkpoint, distributed, folder
 from nano_opd.system.checks import NumericalFault
 from nano_opd.system.config import Config
+from nano_opd.system.console import say
 from nano_opd.system.device import keep_freed_memory, resolve
 from nano_opd.system.streams import torch_stream
 
@@ -34,26 +32,31 @@ COLUMNS = (
 ).split()
 
 
-class RunFolderError(ValueError):
-    """A folder that this run cannot have; the message is one sentence that says why and what to do."""
-
-
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM arrived; the loop has saved everything, an unfinished warm start nothing."""
+    """Ctrl-C, SIGTERM or a closed terminal; the loop has saved everything, an unfinished warm start nothing."""
 
 
 class StopRequest:
-    """The first SIGINT or SIGTERM, kept until the step is finished; a second one ends the process at once."""
+    """The first signal to end within a `with`, kept until the step is finished; a second one acts as before it."""
 
     signal: int | None = None
 
-    def __init__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._keep)
+    def __enter__(self):
+        there = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        kept = [number for number in there if signal.getsignal(number) != signal.SIG_IGN]  # nohup's choice stays
+        self.before = {number: signal.signal(number, self._keep) for number in kept}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _keep(self, number: int, frame) -> None:
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        self.__exit__()
+        if distributed.rank() == 0:
+            with contextlib.suppress(OSError):  # a closed terminal
+                os.write(2, b"train.py: stopping after this step; a second signal stops at once\n")
 
     def check(self) -> None:
         """Raises Interrupted if a signal has arrived."""
@@ -73,19 +76,18 @@ class Run:
 
         train  trains a new model in place and yields after each update
         """
-        path, key = self.cfg.warm_start_path(who), self.cfg.warm_start_key(who)
+        path, key = folder.warm_start(self.cfg, who)
         with distributed.rank_0_first():
             torch.manual_seed(torch_stream(self.cfg.seed, f"{who} weights").initial_seed())
             model = GPT(self.cfg.gpt(who)).to(self.device)
             if path.exists():
-                model.load_state_dict(checkpoint.load(path, key, self.device))
+                checkpoint.load(path, key, self.device, {"model": model})
                 return model
             with self._bar(f"{who} warm start", key["steps"]) as bar:
                 for _ in train(self.cfg, who, model):
                     bar.update()
                     self.stop.check()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(path, key, model.state_dict())
+            checkpoint.save(path, key, {"model": model.state_dict()})
             return model
 
     def steps(self, parts: dict[str, nn.Module | torch.optim.Optimizer]) -> Iterator[int]:
@@ -98,17 +100,15 @@ class Run:
         self.parts, self.started, first = parts, time.monotonic(), 0
         path = self.cfg.run_dir / "checkpoint.pt"
         if path.exists():
-            state = checkpoint.load(path, self.cfg.run_key(resumed=True), self.device)
+            state = checkpoint.load(path, self.cfg.run_key(resumed=True), self.device, parts)
             if state["step"] > self.cfg.steps:
-                raise RunFolderError(
+                raise folder.RunFolderError(
                     f"{self.cfg.run_dir} has made {state['step']} updates: give --steps as many or more"
                 )
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            if distributed.rank() == 0:
-                write_config(self.cfg)  # --steps and the like may have changed
             first, self.started = state["step"], self.started - state["seconds"]
             self.rows = state["rows"][:first]  # the row of the step itself is measured again
+        if distributed.rank() == 0:
+            folder.write_config(self.cfg)  # not before the checkpoint is known to be this run's; --steps may be others
         with self._bar(self.cfg.run_dir.name, self.cfg.steps) as self.bar:
             self.bar.update(first)
             for step in range(first, self.cfg.steps + 1):
@@ -137,7 +137,7 @@ class Run:
         shown = "accuracy {accuracy:.3f}  kl {kl:.3f}".format(**measured)
         self.bar.set_postfix_str(shown)
         if self.bar.disable:
-            print(f"step {self.step:5d} {self.seconds:7.1f} s  {shown}", flush=True)
+            say(f"step {self.step:5d} {self.seconds:7.1f} s  {shown}")
         self._save(self.step)
 
     def _save(self, step: int) -> None:
@@ -162,86 +162,30 @@ class Run:
 @contextlib.contextmanager
 def start(cfg: Config) -> Iterator[Run]:
     """A run in its folder, among its ranks. Its known ways to fail end the program: one sentence and an exit code."""
-    stop, run = StopRequest(), None
+    run = None
 
     def end(code: int, sentence: str) -> NoReturn:
         if distributed.rank() == 0:
-            print(f"train.py: {sentence}", file=sys.stderr)
+            say(f"train.py: {sentence}", sys.stderr)
         sys.exit(code)
 
     again = f"the same command with --resume continues {cfg.run_dir}"
     try:
         device = distributed.own_device(resolve(cfg.device))
-        with distributed.group(device), claim(cfg):
+        with StopRequest() as stop, distributed.group(device), folder.claim(cfg):
             keep_freed_memory()
             run = Run(cfg, device, stop)
             yield run
-    except (checkpoint.CheckpointError, checkpoint.WriteError, RunFolderError) as error:
+    except (checkpoint.CheckpointError, checkpoint.WriteError, folder.RunFolderError) as error:
         end(2, str(error))
     except NumericalFault as error:
         kept = f"The last good state, if one was saved, is in {cfg.run_dir / 'checkpoint.pt'}"
         end(1, f"step {run.step}: {error}. {kept}")
+    except (MemoryError, torch.OutOfMemoryError):
+        end(2, f"out of memory: choose a lower --batch-size, --eval-size or width; {again}")
     except distributed.RankLost as error:
         end(1, f"{error}; {again}")
+    except KeyboardInterrupt:
+        end(130, f"stopped at once; {again}")
     except Interrupted:
         end(128 + stop.signal, f"stopped; {again}")
-
-
-@contextlib.contextmanager
-def claim(cfg: Config) -> Iterator[None]:
-    """Hold the run's folder, with this run's config.json in it, for the length of a `with`.
-
-    Raises RunFolderError, and changes nothing, for a folder that holds another run, or this one without --resume, or
-    that another process is writing to. Rank 0 holds it for all ranks.
-    """
-    if distributed.rank() > 0:
-        yield
-        return
-    path = cfg.run_dir / "config.json"
-    if path.exists():
-        try:
-            saved = dict(json.loads(path.read_text()))
-        except ValueError:
-            raise RunFolderError(f"{path} is not a run's configuration: give another --out-dir") from None
-        if different := checkpoint.differences(saved, cfg.run_key(resumed=True)):
-            raise RunFolderError(f"{cfg.run_dir} holds another run ({different}): give another --out-dir")
-        if not cfg.resume:
-            raise RunFolderError(
-                f"{cfg.run_dir} holds this run already: add --resume to continue it, or give another --out-dir"
-            )
-    try:
-        cfg.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"--out-dir {cfg.out_dir}: cannot make {cfg.run_dir} ({error.strerror})") from None
-    with _locked(cfg):
-        for litter in cfg.run_dir.glob(".*.tmp"):  # a process that was killed while it wrote
-            litter.unlink()
-        if not path.exists():
-            write_config(cfg)
-        yield
-
-
-def write_config(cfg: Config) -> None:
-    """config.json, the options of this run."""
-    text = json.dumps(dataclasses.asdict(cfg), indent=2)
-    checkpoint.write_atomically(cfg.run_dir / "config.json", lambda file: file.write(text.encode()))
-
-
-@contextlib.contextmanager
-def _locked(cfg: Config) -> Iterator[None]:
-    """An advisory lock on the folder itself: it leaves no file behind and dies with its process, however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock; there, two runs in one folder are the user's to avoid
-        yield
-        return
-    folder = os.open(cfg.run_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise RunFolderError(
-            f"another process is writing to {cfg.run_dir}: wait for it, or give another --out-dir"
-        ) from None
-    finally:
-        os.close(folder)

@@ -1,0 +1,24 @@
+"""How what a program says reaches any console, and that no console can end a run."""
+
+import contextlib
+import os
+import sys
+from typing import TextIO
+
+
+def accept_any_text() -> None:
+    """Let stdout show ? for a λ or an → that its encoding lacks, as on a redirected Windows console."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no encoding
+        sys.stdout.reconfigure(errors="replace")
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line. Where it cannot be written (a closed pipe, a full disk), it and all that follow are dropped."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or the flush at exit would fail again
+        if stream is not sys.stderr:
+            say(f"stdout cannot be written ({error.strerror}); the run goes on, and its files hold all", sys.stderr)

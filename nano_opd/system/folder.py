@@ -1,0 +1,91 @@
+"""A run's folder, which one process at a time may write to, and the warm starts beside it, which all runs share."""
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from nano_opd import arithmetic, gpt, policy_gradient, rollout, sft, tokenizer
+from nano_opd.system import checkpoint, distributed
+from nano_opd.system.config import Config
+
+# What trains a warm start, as it was when it was imported: after an edit, were it of a comment, it is trained anew.
+SOURCES = arithmetic, gpt, policy_gradient, rollout, sft, tokenizer
+CODE = hashlib.sha256("".join(map(inspect.getsource, SOURCES)).encode()).hexdigest()
+
+
+class RunFolderError(ValueError):
+    """A folder that this run cannot have; the message is one sentence that says why and what to do."""
+
+
+def warm_start(cfg: Config, who: str) -> tuple[Path, dict]:
+    """Where the warm start of the "teacher" or the "student" is cached, and its key: what determines its weights."""
+    names = ("task", "digits", "seed", "sft_batch_size", "sft_lr", "reference_slot")
+    key = {"code": CODE, "who": who, "gpt": dataclasses.asdict(cfg.gpt(who)), "steps": getattr(cfg, f"{who}_steps")}
+    key |= {name: getattr(cfg, name) for name in names}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(cfg.out_dir) / "warm_starts" / f"{who}-{cfg.task}{cfg.digits}-seed{cfg.seed}-{digest}.pt", key
+
+
+@contextlib.contextmanager
+def claim(cfg: Config) -> Iterator[None]:
+    """Hold the run's folder for the length of a `with`; rank 0 holds it for all ranks.
+
+    Raises RunFolderError, and changes nothing, for a folder that cannot be used, that holds another run, or this one
+    without --resume, or that another process is writing to. A run that failed before its first checkpoint left nothing.
+    """
+    if distributed.rank() > 0:
+        yield
+        return
+    path = cfg.run_dir / "config.json"
+    try:
+        cfg.run_dir.mkdir(parents=True, exist_ok=True)
+        begun = any((cfg.run_dir / name).exists() for name in ("checkpoint.pt", "metrics.csv"))
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except OSError as error:
+        raise RunFolderError(f"--out-dir {cfg.out_dir}: cannot use {cfg.run_dir} ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        saved = None
+    if not isinstance(saved, dict):
+        raise RunFolderError(f"{path} is not a run's configuration: delete it, or give another --out-dir")
+    if begun and saved and (different := checkpoint.differences(saved, cfg.run_key(resumed=True))):
+        raise RunFolderError(f"{cfg.run_dir} holds another run ({different}): give another --out-dir")
+    if begun and not cfg.resume:
+        raise RunFolderError(
+            f"{cfg.run_dir} holds this run already: add --resume to continue it, or give another --out-dir"
+        )
+    with _locked(cfg.run_dir):
+        for litter in cfg.run_dir.glob(".*.tmp"):  # a process that was killed while it wrote
+            litter.unlink(missing_ok=True)
+        yield
+
+
+def write_config(cfg: Config) -> None:
+    """config.json, the options of this run."""
+    text = json.dumps(dataclasses.asdict(cfg), indent=2)
+    checkpoint.write_atomically(cfg.run_dir / "config.json", lambda file: file.write(text.encode()))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """An advisory lock on the folder itself: it leaves no file behind and dies with its process, however that ends.
+
+    Windows has none, and some network file systems refuse it; there, two runs in one folder are the user's to avoid.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFolderError(
+                    f"another process is writing to {folder}: wait for it, or give another --out-dir"
+                ) from None
+        yield
