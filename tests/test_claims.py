@@ -202,7 +202,7 @@ def test_what_the_prose_says_of_grpo_and_of_evaluations():
     assert (cfg.student_steps, cfg.lr) == (210, 4e-4)
     assert "with 210 warm-start updates and lr 4e-4" in claim.text
     readme, cites = (
-        (ROOT / "README.md").read_text(),
+        (ROOT / "README.md").read_text(encoding="utf-8"),
         lambda arm: statistics.mean(s[-1]["leak_rate"] for s in results[arm]),
     )
     end = lambda arm: statistics.mean(seed[-1]["accuracy"] for seed in results[arm])
@@ -249,6 +249,11 @@ def test_what_the_readme_says_one_sees_is_in_the_results():
         end = claims.interval([seed[-1]["accuracy"] for seed in results[arm]])
         assert re.search(re.escape(f"{d} ends at {end}" if "then" in d else f"{d} at {end}"), readme)
     assert all(seed[-1]["accuracy"] == 0 for seed in results["opd, jsd, sampled"])
+    swept = lambda m: [s for a in reproduce.rates((m,), reproduce.DIVERGENCES[1:3]) for s in results[a]]
+    assert (
+        len(swept("opd")) == 30 and f"OPD ends at {max(s[-1]['accuracy'] for s in swept('opd')):.3f} or below" in readme
+    )
+    assert f"in {sum(s[-1]['accuracy'] > s[0]['accuracy'] for s in swept('opdplus'))} of 30 runs" in readme
     begins = [
         next((row["step"] for row in seed if row["leak_rate"] > 0.1), None) for seed in results["opsd"]
     ]  # of answers that cite

@@ -66,11 +66,11 @@ def test_a_file_system_without_locks_and_folders_to_flush_takes_a_run(number, tm
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-@pytest.mark.parametrize("arguments", ["train.py --help", "notebooks/bench.py --help", "notebooks/claims.py"])
+@pytest.mark.parametrize("arguments", ["train.py --help", "notebooks/bench.py --help", "notebooks/pages.py"])
 def test_every_console_takes_the_text(encoding, arguments, tmp_path):
     """And files are UTF-8, whatever the system's encoding is."""
     program, *rest = arguments.split()
-    if program.endswith("claims.py"):  # prints its tables, with ± and λ, if they are to stand in no README
+    if program.endswith("pages.py"):  # prints its tables, with ± and λ, if they are to stand in no README
         rest = [str(tmp_path)]
         for path in (ROOT / "notebooks" / "results").glob("*.[cj]s*"):
             (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -343,7 +343,7 @@ def refused(capsys, *arguments) -> str:
         ("--teacher-width 18", "--teacher-width 18: n_embd 18 must be a multiple of n_head 4"),
         ("--grad-clip -1", "--grad-clip -1.0: must be 0.0 or more"),
         ("--log-u-clip -1", "--log-u-clip -1.0: must be 0.0 or more"),
-        ("--variance full --gamma 0.5", "--gamma 0.5 sums a sampled return"),
+        ("--variance full --gamma 0.5", "--gamma 0.5 sums what was sampled"),
         ("--variance full --log-u-clip 3", "no meaning with --variance full"),
         ("--variance full --normalize token_mean", "no meaning with --variance full"),
         ("--method sft --gamma 0.5", "--gamma 0.5 means nothing with --method sft"),

@@ -116,11 +116,10 @@ class Config:
             value = getattr(self, field.name)
             choices, low, high = (field.metadata[key] for key in ("choices", "low", "high"))
             if choices and value not in choices:
-                hint = did_you_mean(str(value), choices)
-                raise ValueError(f"{_flag(field.name)} {value}: choose from {', '.join(choices)}{hint}")
+                known = ", ".join(choices) + did_you_mean(str(value), choices)
+                raise ValueError(f"{_flag(field.name)} {value}: choose from {known}")
             if low is not None and not (low <= value <= high if high is not None else low <= value < float("inf")):
-                unbounded = f"{low} or more" + " and finite" * isinstance(value, float)
-                allowed = unbounded if high is None else f"from {low} to {high}"
+                allowed = f"from {low} to {high}" if high else f"{low} or more" + " and finite" * (value > 0)
                 raise ValueError(f"{_flag(field.name)} {value}: must be {allowed}")
         divergences.get(self.divergence)
         if self.digits == 1:
@@ -137,8 +136,7 @@ class Config:
         if N > 1 and self.normalize == "token_mean":
             raise ValueError("--normalize token_mean: no process knows the tokens of all: use batch or sequence_mean")
         if self.reference == "shuffled" and self.batch_size < 2 * N * self.group_size:
-            each = " for each process" if N > 1 else ""
-            raise ValueError(f"--reference shuffled: needs two groups or more in --batch-size{each}")
+            raise ValueError("--reference shuffled: needs two groups or more of --batch-size in each process")
         for who in ("teacher", "student"):
             try:
                 self.gpt(who)
@@ -186,13 +184,13 @@ class Config:
         named = "method divergence variance task digits seed".split()
         parts = [self.method, *(getattr(self, name) for name in named[1:3] if name in METHODS[self.method].options)]
         parts += [f"{self.task}{self.digits}", f"seed{self.seed}"]
-        default = recipe(self.method, self.task, self.digits)
-        changed = {k: v for k, v in self.run_key(resumed=True).items() if k not in named and v != default[k]}
-        parts += [f"{k}{'' if v is True else v}" for k, v in changed.items()]
+        default, mine = recipe(self.method, self.task, self.digits), self.run_key(resumed=True)
+        parts += [f"{k}{'' if v is True else v}" for k, v in mine.items() if k not in named and v != default[k]]
         parts += [f"ranks{distributed.world_size()}"] if distributed.world_size() > 1 else []
         name = re.sub(r"[^\w.+=-]", "_", "-".join(parts), flags=re.ASCII)
-        short = f"{name[:107]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"  # some file systems allow 143
-        return Path(self.out_dir) / (name if len(name) <= 120 else short)
+        if len(name) > 120:  # some file systems allow 143
+            name = f"{name[:107]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        return Path(self.out_dir) / name
 
 
 def recipe(method: str, task: str, digits: int) -> dict:
@@ -219,7 +217,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(arguments: list[str] | None = None) -> Config:
     """The configuration of a command line. Bad input ends the program: one sentence on stderr, exit code 2."""
     parser = _Parser(
-        prog="train.py",
+        "train.py",
         description="On-policy distillation of a small GPT on arithmetic.",
         argument_default=argparse.SUPPRESS,  # so that what was typed can be told from what was not
         allow_abbrev=False,
@@ -240,9 +238,9 @@ def parse(arguments: list[str] | None = None) -> Config:
     except ValueError as error:
         parser.error(str(error))
     for name in typed:
-        if config.method not in readers(fields[name]):
-            read_by = f"it is read by {', '.join(readers(fields[name]))}"
-            parser.error(f"{_flag(name)} {typed[name]} means nothing with --method {config.method}: {read_by}")
+        if config.method not in (those := readers(fields[name])):
+            why = f"means nothing with --method {config.method}: it is read by {', '.join(those)}"
+            parser.error(f"{_flag(name)} {typed[name]} {why}")
     try:
         where = distributed.own_device(device.resolve(config.device))
     except ValueError as error:
