@@ -248,6 +248,19 @@ def test_a_wrong_advantage_is_told_in_one_sentence_with_a_number_what_is_wrong()
         assert sentence in wrong and wrong.count(". ") == 0 and wrong in str(judge(A))
 
 
+def test_a_bent_generator_need_not_lead_away():
+    """x e^(−x²) falls for |x| > 0.71, but has the sign of x: where all tokens are paid alike, they all have u = 1."""
+    bent = judge(lambda p, q: (q - p) * (-((q - p) ** 2)).exp())
+    assert [b for _, b in bent.falls] == pytest.approx([math.exp(-(0.5**0.5)), math.exp(4)], rel=0.02)
+    assert bent.arrive == 55 and bent.wrong
+
+
+def test_an_advantage_of_the_tokens_own_p_and_of_any_teacher_is_a_gradient():
+    """−A_v is the slope of a function of p_v alone; here one that no one would use."""
+    own = judge(lambda p, q: (3 * p).sin() * q.roll(1, -1) + q.amax(-1, keepdim=True) * p.exp() ** 2)
+    assert own.gradient and own.generator is None and own.length > 0.1
+
+
 def test_a_verdict_against_no_divergence_is_refused():
     with pytest.raises(ValueError, match="unknown divergence"):
         judge(REVERSE, against="reverse_kI")
