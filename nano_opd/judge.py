@@ -94,7 +94,7 @@ class Verdict:
     arrive = property(lambda self: int(((self.ends - TEACHER).norm(dim=1) < 0.02).sum()))  # how many of the 55
     gradient = property(lambda self: self.asymmetry < 1e-5 and self.work < 0.01)
     wrong = property(lambda self: next((text for good, text in self._sentences() if not good), ""))
-    __str__ = lambda self: "\n".join(text for _, text in self._sentences())
+    __str__ = lambda self: "\n".join(text for _, text in self._sentences() if text)
 
     def _sentences(self) -> list[tuple[bool, str]]:
         """(good news?, sentence), what matters most first."""
@@ -110,7 +110,7 @@ class Verdict:
         return [
             (self.gradient, f"The expected update is the gradient of {of} ({measured})."),
             (not self.falls, f"{bends if self.falls else shape}."),
-            (True, f"It descends {self.name or 'nothing that has a name here'}."),
+            (True, f"It descends {self.name}." if self.name else ""),
             (self.at_teacher < 1e-6, f"A student that is the teacher moves by {self.at_teacher:.2g}."),
             (self.arrive == 55, f"Of 55 students {self.arrive} reach the teacher; {ends}."),
             (True, f"Against {self.against}: {values}; OPD+ has {self.noise[1]:.3g}."),

@@ -2,7 +2,7 @@
 
 A row is an advantage A(log p, log q) of every token of one prefix, (…, V) each, and the function of the student that
 its expected update descends, or None; `tests/test_field.py` proves it. "Read" stands beside papers and code that were
-read for this table. Where it does not, the formula is as others describe it.
+read for this project. Where it does not, the formula is as others describe it.
 """
 
 import math
@@ -148,7 +148,7 @@ def sampled_or_rest(p: Tensor, q: Tensor) -> Tensor:
 
 
 OPD = "Lu & Thinking Machines Lab 2025 for reverse KL, general f: OPD+ 2606.01039 (read)"
-TRL = "TRL, experimental/iw_opd/iw_opd_trainer.py (read)"
+TRL = "TRL, experimental/iw_opd/iw_opd_trainer.py (code read)"
 POWER = "PowerOPD 2606.17199, eq. 4 and code (read)"
 K3 = "Schulman 2020, Approximating KL Divergence (not read again)"
 squares = lambda p, q: (exp(q) * (q - p) ** 2).sum(-1) / 2
@@ -170,7 +170,7 @@ ROWS = [
     Row(
         "GKD, JSD(β)",
         "(1−β) ln(βu + 1 − β)",
-        "GKD 2306.13649; TRL, experimental/gkd/gkd_trainer.py (read)",
+        "GKD 2306.13649; TRL, experimental/gkd/gkd_trainer.py (code read)",
         "JSD(β). It is β KL(q‖p) near β = 0 and (1−β) KL(p‖q) near 1: it vanishes. At 0 and 1 TRL jumps to the KLs.",
         of_u(jsd(BETA).unbiased),
         mean(jsd(BETA).f),
@@ -194,7 +194,7 @@ ROWS = [
     Row(
         "TOP-D, the token's own reward",
         "ln(αu + 1 − α)",
-        "TOP-D 2607.04751, as in prime-rl, algo/topd.py (code read), and NeMo-RL",
+        "TOP-D 2607.04751, as in a prime-rl branch, algo/topd.py (code read), and NeMo-RL (docs read)",
         "JSD(α) / (1−α). It is OPD under the skewed reverse KL(p ‖ αq + (1−α)p), whose f never rises.",
         of_u(mix(ALPHA)),
         lambda p, q: mean(jsd(ALPHA).f)(p, q) / (1 - ALPHA),
@@ -373,7 +373,7 @@ ROWS = [
     Row(
         "IW-OPD, last token",
         "x (1 + γ |x| / (c + |x|))",
-        "IW-OPD 2606.22600, dp_actor.py of its code, and the same in TRL (both read)",
+        "IW-OPD 2606.22600, dp_actor.py of its code, and the same in TRL (codes read)",
         "With c = Σ|x| before the token, a divergence of its own. The first token has weight 1 + γ. Between: unknown.",
         of_u(lambda x: x * (1 + 0.5 * x.abs() / (1 + x.abs()))),
         mean(generator(lambda x: x * (1 + 0.5 * x.abs() / (1 + x.abs()))).f),
