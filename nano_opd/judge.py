@@ -103,11 +103,7 @@ class Verdict:
         of, point = "a function" if self.gradient else "nothing", self.ends.mean(0)
         measured = f"asymmetry of the Jacobian {self.asymmetry:.2g}, work around a loop {self.work:.2g}"
         bends = "A falls, and h bends down, for u from " + " and ".join(f"{a:.2g} to {b:.2g}" for a, b in self.falls)
-        shape = (
-            "A(u) never falls: h is convex"
-            if self.generator
-            else "A depends on more than u: no one h serves all prefixes"
-        )
+        shape = "A(u) never falls: h is convex" if self.generator else "A depends on more than u: there is no one h"
         meet = f"all meet at {point.numpy().round(3)}" if (self.ends - point).norm(dim=1).max() < 0.02 else ""
         ends = meet or f"{int((self.ends.amax(1) > 0.99).sum())} end in a corner"
         values = f"bias {self.bias:.2g}, cosine {self.cosine:.2f}, variance over squared length {self.noise[0]:.3g}"
