@@ -7,10 +7,15 @@ import torch
 
 from nano_opd import divergences, exact, opd, opdplus
 from nano_opd.divergences import shift
-from nano_opd.judge import generator, paths, update
+from nano_opd.judge import STUDENTS, TEACHER, generator, judge, paths, update
 
 NAMES = [*divergences.DIVERGENCES, "alpha=-0.5", "alpha=0.5", "alpha=1.7"]
 NEVER_RISES = ("reverse_kl", "jsd_falling")
+
+
+REVERSE = lambda log_p, log_q: log_q - log_p
+ENTROPY = lambda log_p, log_q: -(log_p.exp() * log_p).sum(-1, keepdim=True) * (log_q - log_p)
+TOP_2 = lambda log_p, log_q: (log_p >= log_p.topk(2).values[..., -1:]) * (log_q - log_p - 1)
 
 
 def world_at(distance: float, seed: int = 0) -> exact.World:
@@ -150,3 +155,112 @@ def test_where_the_expected_updates_lead(name):
             -1, keepdim=True
         )  # of the logits, but for a constant
         assert steps.norm(dim=-1).max() <= 0.2 + 1e-9
+
+
+def prefixes():
+    """Those of `judge`: logits (32, 4) of the student, log-probs of the teacher."""
+    z, log_q = 1.5 * torch.randn(2, 32, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return z, log_q.log_softmax(-1)
+
+
+def test_the_asymmetry_is_that_of_the_jacobian():
+    """By autograd, for an advantage whose Jacobian has both parts. 0 is a gradient; to detach changes nothing."""
+    z, log_q = prefixes()
+    J = torch.func.vmap(torch.func.jacrev(lambda z, q: update(ENTROPY, z.log_softmax(-1), q)))(z, log_q)
+    worst = ((J - J.mT).norm(dim=(1, 2)) / (2 * J.norm(dim=(1, 2)))).max().item()
+    verdict = judge(ENTROPY)
+    assert verdict.asymmetry == pytest.approx(worst, rel=1e-6) and worst > 0.3 and not verdict.gradient
+    assert judge(lambda p, q: REVERSE(p.detach(), q)).asymmetry < 1e-7
+
+
+def test_a_jump_makes_a_gradient_of_nothing_although_the_jacobian_is_symmetric():
+    """The student's top 2. A sign jumps too, and stays a gradient: only at its own u = 1."""
+    top_2, sign = judge(TOP_2), judge(lambda p, q: (q - p).sign())
+    assert top_2.asymmetry < 1e-6 and top_2.work > 0.1 and not top_2.gradient
+    assert sign.asymmetry < 1e-6 and sign.work < 0.005 and sign.gradient and sign.name == "2 tv"
+
+
+def test_bias_cosine_and_noise_are_those_that_exact_measures():
+    """Over 32 worlds of one token, each enumerated."""
+    z, log_q = prefixes()
+    A = divergences.get("jsd").stop_gradient
+    verdict, got = judge(lambda p, q: A(q - p), against="hellinger"), []
+    for student, teacher in zip(z, log_q):
+        world = exact.World.of((exact.tabular, student[None]), (exact.tabular, teacher[None]), 4, 1)
+        of = lambda a, world=world: exact.moments(world, exact.sampled(lambda log_u, *_: a(log_u.detach())))
+        one, plus = of(A), of(divergences.get("hellinger").unbiased)
+        got.append(torch.stack([one.mean[0], plus.mean[0], *(m.variance.expand(4) / 4 for m in (one, plus))]))
+    f, g, *variance = torch.stack(got).unbind(1)
+    assert verdict.bias == pytest.approx(((f - g).norm() / g.norm()).item())
+    assert verdict.cosine == pytest.approx(((f * g).sum() / f.norm() / g.norm()).item())
+    per_square = lambda v, m: ((v.sum() + 0 * m.sum()) / m.square().sum()).item()
+    assert verdict.noise == pytest.approx((per_square(variance[0], f), per_square(variance[1], g)))
+
+
+def test_where_h_bends_down():
+    for name, start in (("forward_kl", 1 / math.e), ("jsd", 1), ("k3", 1)):
+        ((low, high),) = judge(lambda p, q, name=name: divergences.get(name).stop_gradient(q - p)).falls
+        assert low == pytest.approx(start, rel=0.02) and high == pytest.approx(math.exp(4))
+    verdict = judge(REVERSE)
+    assert verdict.falls == [] and verdict.wrong == ""
+    x = torch.linspace(-3, 3, 10, dtype=torch.float64)
+    torch.testing.assert_close(verdict.generator.f(x), torch.expm1(x) - x)  # reverse KL, flat at u = 1
+
+
+def test_more_than_u():
+    """A baseline of the prefix is no matter, and whatever else depends on p or q alone is."""
+    z, log_q = prefixes()
+    baselined = judge(lambda p, q: q - p - (p.exp() * (q - p)).sum(-1, keepdim=True))
+    assert baselined.name == "1 reverse_kl" and baselined.noise[0] != pytest.approx(judge(REVERSE).noise[0])
+    for A in (lambda p, q: q.exp() - p.exp(), ENTROPY, lambda p, q: (q - p) * q.amax(-1, keepdim=True)):
+        assert judge(A).generator is None and judge(A).name == ""
+
+
+def test_the_name_is_found_up_to_factor_constant_and_sum():
+    pair = lambda p, q: 3 * (q - p) - 0.5 * (q - p).exp() + 7
+    mixture = lambda p, q: (0.3 * (q - p).exp() + 0.7).log()
+    assert judge(pair).name == "3 reverse_kl − 0.5 forward_kl"
+    assert judge(mixture).name == "1.43 JSD(β=0.3)"
+    assert judge(lambda p, q: (q - p).atan()).name == ""
+
+
+def test_the_teacher_and_where_the_students_end():
+    elsewhere = judge(lambda p, q: 2 * q - p)
+    z, log_q = prefixes()
+    assert elsewhere.at_teacher == pytest.approx(update(lambda p, q: q, log_q, log_q).norm(dim=-1).max().item())
+    sharper = (TEACHER**2 / (TEACHER**2).sum()).expand(55, 3)
+    torch.testing.assert_close(elsewhere.ends, sharper, rtol=0, atol=1e-3)
+    assert elsewhere.arrive == 0 and judge(REVERSE).arrive == 55 and len(STUDENTS) == 55
+    assert "all meet at [0.105 0.237 0.658]" in str(elsewhere)
+
+
+def test_a_wrong_advantage_is_told_in_one_sentence_with_a_number_what_is_wrong():
+    """None of these is in the table of notebooks/field.py."""
+    for A, sentence in {
+        lambda p, q: (
+            (q - p) * (1 - p.exp().amax(-1, keepdim=True))
+        ): "gradient of nothing (asymmetry of the Jacobian 0.",
+        lambda p, q: (q - p) * torch.exp(p - q): "A falls, and h bends down, for u from 2.7 to 55.",
+        lambda p, q: q + 1: "A student that is the teacher moves by 0.",
+        lambda p, q: -3.0: "It teaches nothing: its expected update is 0 (at most ",
+    }.items():
+        wrong = judge(A).wrong
+        assert sentence in wrong and wrong.count(". ") == 0 and wrong in str(judge(A))
+
+
+def test_a_bent_generator_need_not_lead_away():
+    """x e^(−x²) falls for |x| > 0.71, but has the sign of x: where all tokens are paid alike, they all have u = 1."""
+    bent = judge(lambda p, q: (q - p) * (-((q - p) ** 2)).exp())
+    assert [b for _, b in bent.falls] == pytest.approx([math.exp(-(0.5**0.5)), math.exp(4)], rel=0.02)
+    assert bent.arrive == 55 and bent.wrong
+
+
+def test_an_advantage_of_the_tokens_own_p_and_of_any_teacher_is_a_gradient():
+    """−A_v is the slope of a function of p_v alone; here one that no one would use."""
+    own = judge(lambda p, q: (3 * p).sin() * q.roll(1, -1) + q.amax(-1, keepdim=True) * p.exp() ** 2)
+    assert own.gradient and own.generator is None and own.length > 0.1
+
+
+def test_a_verdict_against_no_divergence_is_refused():
+    with pytest.raises(ValueError, match="unknown divergence"):
+        judge(REVERSE, against="reverse_kI")
