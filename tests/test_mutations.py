@@ -201,14 +201,6 @@ MUTATIONS = {
         ("eps_w, negative_only, span)", "eps_w, False, span)", "methods: rewarded"),
         ("gkd_loss(s, divergence)[0] + loss", "gkd_loss(s, divergence)[0] - loss", "methods: distillation"),
     ],
-    "judge.py": [
-        ("- advantage(torch.zeros_like(sx))) * exp(-sx)", "- advantage(torch.zeros_like(sx)))", "judge: what_opd"),
-        ("exp(x) * x * (w", "x * (w", "judge: what_opd"),
-        ("exp(-x) * (h(x) + rest(x))", "exp(-x) * h(x)", "judge: generator_of"),
-        ("p * (A - (p * A).sum(-1, keepdim=True))", "p * A", "judge: expected_update"),
-        (".clamp(max=1)", "", "judge: updates_lead"),
-        ("z + step, z)", "z - step, z)", "judge: updates_lead"),
-    ],
     "../train.py": [
         ("if epoch == 0:", "if True:", "methods: rewarded"),
         ("prompt_length, teacher_prompts)", "prompt_length, prompts)", "methods: self_teacher"),
