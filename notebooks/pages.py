@@ -103,8 +103,9 @@ def sizes_table(results: Results) -> str:
         for digits in reproduce.DIGITS
     }
     rows = [
-        [task, str(digits), *(change(results[arm]) if arm in results else "not run" for arm in three)]
+        [task, str(digits), *(change(results[arm]) for arm in three)]
         for (task, digits), three in arms.items()
+        if set(three) <= set(results)
     ]
     return table(" | ".join(["task", "digits", *(f"`{m}`" for m in reproduce.SIZED)]), rows)
 

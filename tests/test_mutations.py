@@ -244,6 +244,10 @@ MUTATIONS = {
     ],
     "judge.py": [
         ("* exp(-sx)", "* exp(sx)", "judge: generator_of"),
+        ("exp(x) * x * (w", "x * (w", "judge: what_opd"),
+        ("exp(-x) * (h(x) + rest(x))", "exp(-x) * h(x)", "judge: generator_of"),
+        (".clamp(max=1)", "", "judge: updates_lead"),
+        ("z + step, z)", "z - step, z)", "judge: updates_lead"),
         ("p * (A - (p * A).sum(-1, keepdim=True))", "p * A", "judge: expected_update"),
         ("(J - J.mT).norm", "(J + J.mT).norm", "judge: asymmetry"),
         ("(work.sum(1).abs()", "(work.sum(1).abs() * 0", "judge: jump"),
