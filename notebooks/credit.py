@@ -1,10 +1,15 @@
-"""Where a wrong response first goes wrong, and how much of its blame falls there."""
+"""Where a wrong response first goes wrong, what each of its tokens is worth, and how much of the blame falls there."""
 
 import os
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from nano_opd import arithmetic
+from nano_opd.evaluate import rewards
+from nano_opd.gpt import GPT
+from nano_opd.rollout import Rollout, sample
 
 
 def first_wrong_token(problem: arithmetic.Problem, response: str) -> int | None:
@@ -32,3 +37,59 @@ def token_credit(advantage: Tensor, mask: Tensor, token: Tensor) -> tuple[Tensor
     ratio = own / ((size.sum(1) - own) / (length - 1))
     top = (size == size.amax(1, keepdim=True)) & mask
     return ratio, top.gather(1, here).squeeze(1) / top.sum(1)
+
+
+KINDS = ("operand", "separator", "carry", "digit", "answer")
+
+
+def kinds(digits: int, length: int) -> list[str]:
+    """What stands at each position of a response in the worked solution's layout; after its end, "separator"."""
+    column = ["operand", "separator", "operand", "separator", "carry", "digit", "separator"]
+    layout = column * digits + ["separator"] + ["answer"] * (digits + 1)
+    return (layout + ["separator"] * length)[:length]
+
+
+@torch.no_grad()
+def monte_carlo_values(
+    model: GPT, problems: list[arithmetic.Problem], rollout: Rollout, samples: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """V(s_1) … V(s_R), R(y) along every response, (B, R+1), and standard errors: the token's advantage is V.diff().
+
+    V is the mean reward of K = `samples` ≥ 2 continuations by the student (VinePPO, arXiv 2410.01679, §4, at every
+    token in the place of every step). Its standard error is 0 where all K agree. A prefix that several responses share
+    is continued once. After the EOS V stays R(y).
+    """
+    R, P = rollout.mask.shape[1], rollout.prompt_length
+    V = rewards(problems, rollout).unsqueeze(1).repeat(1, R + 1)  # (B, R+1)
+    error = torch.zeros_like(V)
+    for n in range(R):
+        open_ = rollout.mask[:, n].nonzero().squeeze(1)
+        if not len(open_):
+            break
+        prefixes, which = rollout.tokens[open_, : P + n].unique(dim=0, return_inverse=True)
+        problem_of = dict(zip(which.tolist(), open_.tolist()))
+        rows = [problems[problem_of[i]] for i in range(len(prefixes)) for _ in range(samples)]
+        more = sample(model, prefixes.repeat_interleave(samples, 0), R - n, generator)
+        written = torch.ones(len(rows), n, dtype=torch.bool)
+        whole = Rollout(more.tokens, P, torch.cat([written, more.mask], 1), more.logp)
+        right = rewards(rows, whole).view(-1, samples).mean(1)  # (prefixes,)
+        V[open_, n] = right[which]
+        error[open_, n] = (right * (1 - right) / (samples - 1)).sqrt()[which]
+    return V, error
+
+
+def correlation(x: Tensor, y: Tensor, cluster: Tensor, resamples: int = 2000) -> tuple[float, float, float]:
+    """Pearson's r of x and y (N,) and its 95 % interval: bootstrap over clusters (N,) int64, the problems.
+
+    Tokens of one problem are no independent samples, so whole problems are drawn.
+    """
+    x, y = x.double(), y.double()
+    terms = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], 1)  # (N, 6)
+    sums = terms.new_zeros(int(cluster.max()) + 1, 6).index_add(0, cluster, terms)
+    sums = sums[sums[:, 0] > 0]
+    drawn = np.random.default_rng(0).multinomial(len(sums), [1 / len(sums)] * len(sums), resamples)
+    drawn = np.vstack([np.ones(len(sums)), drawn])  # the first is the sample itself
+    n, sx, sy, xx, yy, xy = (drawn @ sums.numpy()).T
+    r = (n * xy - sx * sy) / np.sqrt((n * xx - sx**2) * (n * yy - sy**2))
+    low, high = np.nanpercentile(r[1:], [2.5, 97.5])
+    return float(r[0]), float(low), float(high)
