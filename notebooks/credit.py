@@ -51,30 +51,36 @@ def kinds(digits: int, length: int) -> list[str]:
 
 @torch.no_grad()
 def monte_carlo_values(
-    model: GPT, problems: list[arithmetic.Problem], rollout: Rollout, samples: int, generator: torch.Generator
+    model: GPT,
+    problems: list[arithmetic.Problem],
+    rollout: Rollout,
+    samples: int,
+    generator: torch.Generator,
+    sure: float = 0.99,
 ) -> tuple[Tensor, Tensor]:
     """V(s_1) … V(s_R), R(y) along every response, (B, R+1), and standard errors: the token's advantage is V.diff().
 
-    V is the mean reward of K = `samples` ≥ 2 continuations by the student (VinePPO, arXiv 2410.01679, §4, at every
-    token in the place of every step). Its standard error is 0 where all K agree. A prefix that several responses share
-    is continued once. After the EOS V stays R(y).
+    V is the mean reward of K = `samples` ≥ 2 continuations by the student (VinePPO, arXiv 2410.01679, at every token in
+    the place of every step). Its standard error is 0 where all K agree. A prefix that several responses share is
+    continued once. After a token with p(y_n|s_n) ≥ `sure` V is kept, since |A_n| ≤ 1 − p. After the EOS V is R(y).
     """
     R, P = rollout.mask.shape[1], rollout.prompt_length
     V = rewards(problems, rollout).unsqueeze(1).repeat(1, R + 1)  # (B, R+1)
     error = torch.zeros_like(V)
     for n in range(R):
-        open_ = rollout.mask[:, n].nonzero().squeeze(1)
-        if not len(open_):
-            break
-        prefixes, which = rollout.tokens[open_, : P + n].unique(dim=0, return_inverse=True)
-        problem_of = dict(zip(which.tolist(), open_.tolist()))
-        rows = [problems[problem_of[i]] for i in range(len(prefixes)) for _ in range(samples)]
-        more = sample(model, prefixes.repeat_interleave(samples, 0), R - n, generator)
-        written = torch.ones(len(rows), n, dtype=torch.bool)
-        whole = Rollout(more.tokens, P, torch.cat([written, more.mask], 1), more.logp)
-        right = rewards(rows, whole).view(-1, samples).mean(1)  # (prefixes,)
-        V[open_, n] = right[which]
-        error[open_, n] = (right * (1 - right) / (samples - 1)).sqrt()[which]
+        moved = rollout.logp[:, n - 1].exp() < sure if n else torch.ones_like(rollout.mask[:, 0])
+        kept = rollout.mask[:, n] & ~moved
+        V[kept, n], error[kept, n] = V[kept, n - 1], error[kept, n - 1]
+        rows = (rollout.mask[:, n] & moved).nonzero().squeeze(1)
+        if len(rows):
+            prefixes, which = rollout.tokens[rows, : P + n].unique(dim=0, return_inverse=True)
+            asked = {prefix: problems[row] for prefix, row in zip(which.tolist(), rows.tolist())}
+            asked = [asked[prefix] for prefix in range(len(prefixes)) for _ in range(samples)]
+            more = sample(model, prefixes.repeat_interleave(samples, 0), R - n, generator)
+            mask = torch.cat([torch.ones(len(asked), n, dtype=torch.bool), more.mask], 1)
+            right = rewards(asked, Rollout(more.tokens, P, mask, more.logp)).view(-1, samples).mean(1)
+            V[rows, n] = right[which]
+            error[rows, n] = (right * (1 - right) / (samples - 1)).sqrt()[which]
     return V, error
 
 

@@ -134,9 +134,11 @@ def test_the_policy_gradient_with_token_advantages_is_the_gradient_of_the_expect
     assert weighted_score(world, V_[:, :-1]).norm() < 1e-12  # the baseline alone
 
 
-def test_the_evidence_weight_of_the_student_conditioned_on_being_right_is_its_token_advantage(world):
+@pytest.mark.parametrize("dead", [False, True])
+def test_the_evidence_weight_of_the_student_conditioned_on_being_right_is_its_token_advantage(dead, world):
     """The Bayes identity. The teacher is known by what it says of whole responses: p(y) R(y)/E[R]."""
     R_y, p = reward(world.tokens), world.probability()
+    R_y = torch.where(world.tokens[:, 0] == 0, 0.0, R_y) if dead else R_y  # no way to be right from there on
     ideal = exact_rewards.conditioned(world, R_y)
     teacher_logp, student_logp = at(world.tokens, ideal.teacher_logits), at(world.tokens, ideal.logps()[0])
     of_response = torch.where(world.mask, teacher_logp, 0.0).sum(1).exp()
@@ -148,6 +150,17 @@ def test_the_evidence_weight_of_the_student_conditioned_on_being_right_is_its_to
     torch.testing.assert_close(w[alive], (1 + V_.diff() / V_[:, :-1])[alive])
     assert torch.equal(w[~alive], torch.ones_like(w[~alive]))  # nothing to condition on, or no token
     assert (V_[:, 0, None] * w.cumprod(1) - V_[:, 1:]).abs().max() < 1e-12  # the running weight is the value
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_token_of_which_the_student_is_sure_has_hardly_any_advantage(scale):
+    """|A_n| ≤ 1 − p(y_n|s_n) for a reward in [0, 1]: others can be no better or worse than 1, and weigh 1 − p."""
+    for seed in range(20):
+        world = World.of(exact.random_tabular(V, R, seed, scale), exact.random_tabular(V, R, seed), V, R)
+        R_y = torch.rand(len(world.tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        R_y = R_y.round() if seed % 2 else R_y
+        A, p = exact_rewards.values(world, R_y)[0].diff(), at(world.tokens, world.logps()[0]).exp()
+        assert (A.abs() <= 1 - p + 1e-12).all()
 
 
 # ------------------------------------------------------------------------------------------------------ whole groups
@@ -198,7 +211,7 @@ def draw(seed, scale=1.0):
 
 
 TWENTY = [draw(seed) for seed in range(20)]
-grpo_credit = lambda A, *_: A[:, None].expand(-1, R)
+grpo_credit = lambda A, teacher_logp, *_: A[:, None].expand_as(teacher_logp)
 
 
 def given(A):
@@ -304,3 +317,26 @@ def test_the_ideal_teacher_lowers_noise_per_signal_and_the_exact_advantage_lower
         ratios.append([n / noise[0] for n in noise[1:]])
     paper, wide, perfect = torch.tensor(ratios).mean(0).tolist()
     assert perfect < wide < paper < 1
+
+
+def chain(decisions, rate):
+    """An answer that is right if each of its `decisions` is, `rate` of the time; a wrong one is one token."""
+    rows, q = 2**decisions - 1, rate ** (1 / decisions)
+    table = torch.tensor([[q, 1 - q]], dtype=torch.float64).log().expand(rows, 2)
+    world = World.of((exact.tabular, table.contiguous()), (exact.tabular, table), 2, decisions)
+    return world, (world.tokens == 0).all(1).double()
+
+
+@pytest.mark.parametrize("decisions", [3, 6, 8])
+def test_in_a_chain_of_decisions_perfect_credit_saves_little_unless_right_answers_are_rare(decisions):
+    """Rollouts for the same noise per signal, as a fraction of GRPO's: its square. Groups of four."""
+
+    def rollouts(rate, credit=None):
+        world, R_y = chain(decisions, rate)
+        ideal, A = exact_rewards.conditioned(world, R_y), exact_rewards.values(world, R_y)[0].diff()
+        noise = [compare(ideal, R_y, arm)[1] for arm in (credit or given(A), grpo_credit)]
+        return (noise[0] / noise[1]) ** 2
+
+    assert 0.6 < rollouts(0.48) < 0.95 and rollouts(0.02) < 0.3
+    assert rollouts(0.02, rlsd_credit(0.5, 0.2)) > 0.9 and rollouts(0.02, rlsd_credit(1, 1)) > 0.7
+    assert 0.85 < rollouts(0.48, rlsd_credit(0.5, 0.2)) < 1
