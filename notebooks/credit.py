@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nano_opd import arithmetic
+from nano_opd import arithmetic, rlsd
 from nano_opd.evaluate import rewards
 from nano_opd.gpt import GPT
 from nano_opd.rollout import Rollout, sample
@@ -99,3 +99,44 @@ def correlation(x: Tensor, y: Tensor, cluster: Tensor, resamples: int = 2000) ->
     r = (n * xy - sx * sy) / np.sqrt((n * xx - sx**2) * (n * yy - sy**2))
     low, high = np.nanpercentile(r[1:], [2.5, 97.5])
     return float(r[0]), float(low), float(high)
+
+
+# Relatives of RLSD, to be compared with it. Their formulas were read in notes on the papers that quote the equations,
+# and RLCSD's in a port besides; the papers themselves were not at hand.
+
+
+def reversed_on_right(
+    A: Tensor, teacher_logp: Tensor, student_logp: Tensor, mask: Tensor, lam: float, eps_w: float
+) -> Tensor:
+    """RLRT, arXiv 2605.10781: right responses get more credit where the teacher would have said something else.
+
+    w_n = P_S/P_T where A > 0, else 1. Arguments as rlsd.advantage.
+    """
+    reversed_ = rlsd.advantage(A, student_logp, teacher_logp, mask, lam, eps_w)
+    return torch.where(A[:, None] > 0, reversed_, torch.where(mask, A[:, None], 0.0))
+
+
+def added_contrast(
+    A: Tensor, right_logp: Tensor, wrong_logp: Tensor, mask: Tensor, lam: float = 0.5, tau: float = 1.3
+) -> Tensor:
+    """RLCSD, arXiv 2606.11709: Â_n = A + λ tanh(log(P_T⁺/P_T⁻)/τ), never beyond 0; without its second token path.
+
+    right_logp, wrong_logp  (B, R) of the self-teacher that reads a right and a wrong hint
+
+    CEPO, arXiv 2605.19436, puts the same contrast in RLSD's bracket: rlsd.advantage(A, right_logp, wrong_logp, …).
+    """
+    A = A[:, None]
+    pushed = A + lam * torch.tanh((right_logp - wrong_logp) / tau)
+    return torch.where(mask, torch.where(A > 0, pushed.clamp(min=0), pushed.clamp(max=0)) * (A != 0), 0.0)
+
+
+def running_advantage(log_w: Tensor, start: Tensor) -> Tensor:
+    """OPPO, arXiv 2605.21851: V_n = σ(logit V_1 + Σ_{m<n} log w_m), and A_n = V_{n+1} − V_n, (B, R).
+
+    log_w  (B, R) evidence of each token in nats, 0 where there is none
+    start  (B,) V_1 in (0, 1), the success rate of the prompt
+
+    Exact where w is q(y_n| right)/q(y_n| wrong). Against the student in the place of the wrong, as in OPPO, it is not.
+    """
+    evidence = torch.cat([torch.zeros_like(log_w[:, :1]), log_w.cumsum(1)], 1)  # (B, R+1)
+    return (torch.logit(start)[:, None] + evidence).sigmoid().diff()

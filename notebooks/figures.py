@@ -164,6 +164,20 @@ def token_credit(rows: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:
     return figure
 
 
+def scatter(panels: dict[str, dict[str, tuple]], xlabel: str, ylabel: str, height: float = 3.6) -> Figure:
+    """Points, {panel title: {legend label: (x, y)}}, on shared axes; the last label is drawn on top."""
+    figure, axes = _axes(list(panels), ylabel, height)
+    for ax, series in zip(axes, panels.values()):
+        for n, (label, (x, y)) in enumerate(series.items()):
+            ax.plot(x, y, "os^Dv"[n % 5], color=COLORS[n], markersize=3, alpha=0.6, markeredgewidth=0, label=label)
+        ax.axhline(0, color="black", linewidth=0.6)
+        ax.axvline(0, color="black", linewidth=0.6)
+        ax.set(xlabel=xlabel)
+        ax.sharey(axes[0])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, markerscale=2)
+    return figure
+
+
 def _axes(panels: Sequence[str], ylabel: str | Sequence[str], height: float, columns: int | None = None) -> tuple:
     """A figure of page width and its axes, one per panel title, row by row."""
     columns = columns or len(panels)

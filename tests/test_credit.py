@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import new_model
 
-from nano_opd import arithmetic, exact, exact_rewards
+from nano_opd import arithmetic, exact, exact_rewards, rlsd
 from nano_opd.evaluate import prompts_of
 from nano_opd.rollout import response_logits, sample
 from nano_opd.tokenizer import EOS, VOCAB_SIZE
@@ -90,3 +90,43 @@ def test_the_interval_of_a_correlation_covers_it_though_tokens_of_a_problem_are_
         assert r == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
         covered, widths = covered + (low < 0.6 < high), [*widths, high - low]
     assert covered >= 85 and np.mean(widths) > 0.3  # 400 independent tokens would give 0.13
+
+
+@pytest.fixture
+def judged():
+    """A of both signs and 0, log-probs of two judges and the student, and a mask."""
+    A, draws = torch.tensor([1.5, -0.7, 0.0, 0.1]), -3 * torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    return A, *draws, torch.arange(5) < torch.tensor([5, 4, 3, 2])[:, None]
+
+
+def test_the_reversed_weight_is_rlsd_with_its_judges_exchanged_on_right_responses_only(judged):
+    A, teacher, _, student, mask = judged
+    got = credit.reversed_on_right(A, teacher, student, mask, 0.5, 0.9)
+    plain = rlsd.advantage(A, teacher, student, mask, 0.5, 0.9)
+    right = A > 0
+    assert torch.equal(got[right], rlsd.advantage(A, student, teacher, mask, 0.5, 0.9)[right])
+    assert torch.equal(got[~right], torch.where(mask, A[:, None], 0.0)[~right])
+    shift = lambda x: (x - A[:, None])[right & (A > 0)][mask[right]]
+    assert (shift(got) * shift(plain) <= 0).all()  # what one credits more, the other credits less
+
+
+def test_an_added_contrast_moves_a_size_and_never_a_sign(judged):
+    A, right, wrong, _, mask = judged
+    got = credit.added_contrast(A, right, wrong, mask, lam=3.0)
+    assert (got * A[:, None] >= 0).all() and (got[~mask] == 0).all() and (got[A == 0] == 0).all()
+    moved = (got - A[:, None]) * (right - wrong)
+    assert (moved[mask & (got != 0)] > 0).all() and (got[mask & (A != 0)[:, None]] == 0).any()
+    torch.testing.assert_close(credit.added_contrast(A, right, right, mask), torch.where(mask, A[:, None], 0.0))
+
+
+def test_the_running_advantage_is_exact_with_the_ideal_pair_and_not_against_the_student():
+    world = exact.World.of(exact.random_tabular(3, 3, 0), exact.random_tabular(3, 3, 1), 3, 3)
+    R_y = (torch.arange(27) % 4 == 0).double()
+    V, _ = exact_rewards.values(world, R_y)
+    chosen = lambda logits: logits.log_softmax(-1).gather(-1, world.tokens[..., None])[..., 0]
+    right, wrong = (chosen(exact_rewards.conditioned(world, x).teacher_logits) for x in (R_y, 1 - R_y))
+    undecided = (V[:, :-1] > 0) & (V[:, :-1] < 1)  # afterwards both conditions say nothing
+    got = credit.running_advantage(torch.where(undecided, right - wrong, 0.0), V[:, 0])
+    torch.testing.assert_close(got, V.diff())
+    student = credit.running_advantage(torch.where(undecided, right - chosen(world.logps()[0]), 0.0), V[:, 0])
+    assert (student - V.diff()).abs().max() > 0.1
