@@ -87,7 +87,7 @@ def monte_carlo_values(
 def correlation(x: Tensor, y: Tensor, cluster: Tensor, resamples: int = 2000) -> tuple[float, float, float]:
     """Pearson's r of x and y (N,) and its 95 % interval: bootstrap over clusters (N,) int64, the problems.
 
-    Tokens of one problem are no independent samples, so whole problems are drawn.
+    Tokens of one problem are no independent samples, so whole problems are drawn. NaN where x or y does not vary.
     """
     x, y = x.double(), y.double()
     terms = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], 1)  # (N, 6)
@@ -96,7 +96,8 @@ def correlation(x: Tensor, y: Tensor, cluster: Tensor, resamples: int = 2000) ->
     drawn = np.random.default_rng(0).multinomial(len(sums), [1 / len(sums)] * len(sums), resamples)
     drawn = np.vstack([np.ones(len(sums)), drawn])  # the first is the sample itself
     n, sx, sy, xx, yy, xy = (drawn @ sums.numpy()).T
-    r = (n * xy - sx * sy) / np.sqrt((n * xx - sx**2) * (n * yy - sy**2))
+    with np.errstate(invalid="ignore"):
+        r = (n * xy - sx * sy) / np.sqrt((n * xx - sx**2) * (n * yy - sy**2))
     low, high = np.nanpercentile(r[1:], [2.5, 97.5])
     return float(r[0]), float(low), float(high)
 

@@ -168,12 +168,13 @@ def scatter(panels: dict[str, dict[str, tuple]], xlabel: str, ylabel: str, heigh
     """Points, {panel title: {legend label: (x, y)}}, on shared axes; the last label is drawn on top."""
     figure, axes = _axes(list(panels), ylabel, height)
     for ax, series in zip(axes, panels.values()):
+        if ax is not axes[0]:
+            ax.sharey(axes[0])  # before there are points, so that the limits hold all of them
         for n, (label, (x, y)) in enumerate(series.items()):
             ax.plot(x, y, "os^Dv"[n % 5], color=COLORS[n], markersize=3, alpha=0.6, markeredgewidth=0, label=label)
         ax.axhline(0, color="black", linewidth=0.6)
         ax.axvline(0, color="black", linewidth=0.6)
         ax.set(xlabel=xlabel)
-        ax.sharey(axes[0])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, markerscale=2)
     return figure
 
