@@ -340,3 +340,25 @@ def test_in_a_chain_of_decisions_perfect_credit_saves_little_unless_right_answer
     assert 0.6 < rollouts(0.48) < 0.95 and rollouts(0.02) < 0.3
     assert rollouts(0.02, rlsd_credit(0.5, 0.2)) > 0.9 and rollouts(0.02, rlsd_credit(1, 1)) > 0.7
     assert 0.85 < rollouts(0.48, rlsd_credit(0.5, 0.2)) < 1
+
+
+def test_where_the_squared_gradient_of_a_chain_is():
+    """At one half it is at first mistakes, which perfect credit blames too, and harder; at 0.02 before them."""
+    for decisions, at_mistake in [(2, 0.60), (3, 0.64), (6, 0.68)]:
+        for rate in (0.5, 0.02):
+            world, R_y = chain(decisions, rate)
+            logp, V_ = world.logps()[0], exact_rewards.values(world, R_y)[0]
+            square = 1 - 2 * at(world.tokens, logp).exp() + logp.exp().square().sum(-1)  # ‖∇log p‖² in a table
+            mistakes = (world.tokens != 0).cumsum(1)
+            first = (world.tokens != 0) & (mistakes == 1)
+            spent = {
+                name: world.probability()[:, None] * A**2 * square
+                for name, A in {"reward": (R_y - V_[0, 0])[:, None], "exact": V_.diff()}.items()
+            }
+            share = lambda name, which, spent=spent: (spent[name][which].sum() / spent[name].sum()).item()
+            if rate == 0.5:
+                assert share("reward", first) == pytest.approx(at_mistake, abs=0.01) and share("exact", first) > 0.93
+                assert (V_.diff()[first] <= -V_[0, 0]).all()
+            else:
+                assert share("reward", mistakes == 0) > 0.98
+                assert spent["exact"].sum() < 0.5 * spent["reward"].sum()
