@@ -171,7 +171,7 @@ def scatter(panels: dict[str, dict[str, tuple]], xlabel: str, ylabel: str, heigh
         if ax is not axes[0]:
             ax.sharey(axes[0])  # before there are points, so that the limits hold all of them
         for n, (label, (x, y)) in enumerate(series.items()):
-            ax.plot(x, y, "os^Dv"[n % 5], color=COLORS[n], markersize=3, alpha=0.6, markeredgewidth=0, label=label)
+            ax.plot(x, y, "os^Dv"[n % 5], color=COLORS[n], markersize=3, markeredgewidth=0, label=label)
         ax.axhline(0, color="black", linewidth=0.6)
         ax.axvline(0, color="black", linewidth=0.6)
         ax.set(xlabel=xlabel)
