@@ -10,6 +10,9 @@ A right response is credited most where knowing r makes the token likelier. A wr
 makes it less likely. Since w > 0, Â never changes the sign of A: the teacher says how much, never which way. What only
 a reader of r would do is rewarded in right responses alone, and there at most 1 + λ ε_w times as much.
 
+What w measures: if the teacher were the student conditioned on being right, w_n would be 1 + A_n/V(s_n), one plus the
+token's true advantage in units of the value (exact_rewards.py). The mean of Â ∇log p is the gradient of nothing.
+
 Source: "Self-Distilled RLVR", arXiv 2604.03128, §4.1, eqs. 13–15, with options of its public code, which computes the
 line above. In the paper λ falls to 0, and eq. 16 has min[w A, clip(w) A], which does not bound the blame of a wrong
 response. What differs from both: the divisor of the loss is the constant B (grpo.py).

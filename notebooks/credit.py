@@ -1,11 +1,15 @@
-"""Where a wrong response first goes wrong, and how much of its blame falls there."""
+"""Where a wrong response first goes wrong, what each of its tokens is worth, and how much of the blame falls there."""
 
 import os
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nano_opd import arithmetic
+from nano_opd import arithmetic, rlsd
+from nano_opd.evaluate import rewards
+from nano_opd.gpt import GPT
+from nano_opd.rollout import Rollout, sample
 from nano_opd.system.checks import require_batch
 
 
@@ -35,3 +39,107 @@ def token_credit(advantage: Tensor, mask: Tensor, token: Tensor) -> tuple[Tensor
     ratio = torch.where(size.sum(1) == 0, 1.0, own / ((size.sum(1) - own) / (length - 1)))
     top = (size == size.amax(1, keepdim=True)) & mask
     return ratio, top.gather(1, here).squeeze(1) / top.sum(1)
+
+
+KINDS = ("operand", "separator", "carry", "digit", "answer")
+
+
+def kinds(digits: int, length: int) -> list[str]:
+    """What stands at each position of a response in the worked solution's layout; after its end, "separator"."""
+    column = ["operand", "separator", "operand", "separator", "carry", "digit", "separator"]
+    layout = column * digits + ["separator"] + ["answer"] * (digits + 1)
+    return (layout + ["separator"] * length)[:length]
+
+
+@torch.no_grad()
+def monte_carlo_values(
+    model: GPT,
+    problems: list[arithmetic.Problem],
+    rollout: Rollout,
+    samples: int,
+    generator: torch.Generator,
+    sure: float = 0.99,
+) -> tuple[Tensor, Tensor]:
+    """V(s_1) … V(s_R), R(y) along every response, (B, R+1), and standard errors: the token's advantage is V.diff().
+
+    V is the mean reward of K = `samples` ≥ 2 continuations by the student (VinePPO, arXiv 2410.01679, at every token in
+    the place of every step). Its standard error is 0 where all K agree. A prefix that several responses share is
+    continued once. After a token with p(y_n|s_n) ≥ `sure` V is kept, since |A_n| ≤ 1 − p. After the EOS V is R(y).
+    """
+    R, P = rollout.mask.shape[1], rollout.prompt_length
+    V = rewards(problems, rollout).unsqueeze(1).repeat(1, R + 1)  # (B, R+1)
+    error = torch.zeros_like(V)
+    for n in range(R):
+        moved = rollout.logp[:, n - 1].exp() < sure if n else torch.ones_like(rollout.mask[:, 0])
+        kept = rollout.mask[:, n] & ~moved
+        V[kept, n], error[kept, n] = V[kept, n - 1], error[kept, n - 1]
+        rows = (rollout.mask[:, n] & moved).nonzero().squeeze(1)
+        if len(rows):
+            prefixes, which = rollout.tokens[rows, : P + n].unique(dim=0, return_inverse=True)
+            asked = {prefix: problems[row] for prefix, row in zip(which.tolist(), rows.tolist())}
+            asked = [asked[prefix] for prefix in range(len(prefixes)) for _ in range(samples)]
+            more = sample(model, prefixes.repeat_interleave(samples, 0), R - n, generator)
+            mask = torch.cat([torch.ones(len(asked), n, dtype=torch.bool), more.mask], 1)
+            right = rewards(asked, Rollout(more.tokens, P, mask, more.logp)).view(-1, samples).mean(1)
+            V[rows, n] = right[which]
+            error[rows, n] = (right * (1 - right) / (samples - 1)).sqrt()[which]
+    return V, error
+
+
+def correlation(x: Tensor, y: Tensor, cluster: Tensor, resamples: int = 2000) -> tuple[float, float, float]:
+    """Pearson's r of x and y (N,) and its 95 % interval: bootstrap over clusters (N,) int64, the problems.
+
+    Tokens of one problem are no independent samples, so whole problems are drawn. NaN where x or y does not vary.
+    """
+    x, y = x.double(), y.double()
+    terms = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], 1)  # (N, 6)
+    sums = terms.new_zeros(int(cluster.max()) + 1, 6).index_add(0, cluster, terms)
+    sums = sums[sums[:, 0] > 0]
+    drawn = np.random.default_rng(0).multinomial(len(sums), [1 / len(sums)] * len(sums), resamples)
+    drawn = np.vstack([np.ones(len(sums)), drawn])  # the first is the sample itself
+    n, sx, sy, xx, yy, xy = (drawn @ sums.numpy()).T
+    with np.errstate(invalid="ignore"):
+        r = (n * xy - sx * sy) / np.sqrt((n * xx - sx**2) * (n * yy - sy**2))
+    low, high = np.nanpercentile(r[1:], [2.5, 97.5])
+    return float(r[0]), float(low), float(high)
+
+
+# Relatives of RLSD, to be compared with it. Their formulas were read in notes on the papers that quote the equations,
+# and RLCSD's in a port besides; the papers themselves were not at hand.
+
+
+def reversed_on_right(
+    A: Tensor, teacher_logp: Tensor, student_logp: Tensor, mask: Tensor, lam: float, eps_w: float
+) -> Tensor:
+    """RLRT, arXiv 2605.10781: right responses get more credit where the teacher would have said something else.
+
+    w_n = P_S/P_T where A > 0, else 1. Arguments as rlsd.advantage.
+    """
+    reversed_ = rlsd.advantage(A, student_logp, teacher_logp, mask, lam, eps_w)
+    return torch.where(A[:, None] > 0, reversed_, torch.where(mask, A[:, None], 0.0))
+
+
+def added_contrast(
+    A: Tensor, right_logp: Tensor, wrong_logp: Tensor, mask: Tensor, lam: float = 0.5, tau: float = 1.3
+) -> Tensor:
+    """RLCSD, arXiv 2606.11709: Â_n = A + λ tanh(log(P_T⁺/P_T⁻)/τ), never beyond 0; without its second token path.
+
+    right_logp, wrong_logp  (B, R) of the self-teacher that reads a right and a wrong hint
+
+    CEPO, arXiv 2605.19436, puts the same contrast in RLSD's bracket: rlsd.advantage(A, right_logp, wrong_logp, …).
+    """
+    A = A[:, None]
+    pushed = A + lam * torch.tanh((right_logp - wrong_logp) / tau)
+    return torch.where(mask, torch.where(A > 0, pushed.clamp(min=0), pushed.clamp(max=0)) * (A != 0), 0.0)
+
+
+def running_advantage(log_w: Tensor, start: Tensor) -> Tensor:
+    """OPPO, arXiv 2605.21851: V_n = σ(logit V_1 + Σ_{m<n} log w_m), and A_n = V_{n+1} − V_n, (B, R).
+
+    log_w  (B, R) evidence of each token in nats, 0 where there is none
+    start  (B,) V_1 in (0, 1), the success rate of the prompt
+
+    Exact where w is q(y_n| right)/q(y_n| wrong). Against the student in the place of the wrong, as in OPPO, it is not.
+    """
+    evidence = torch.cat([torch.zeros_like(log_w[:, :1]), log_w.cumsum(1)], 1)  # (B, R+1)
+    return (torch.logit(start)[:, None] + evidence).sigmoid().diff()

@@ -145,8 +145,8 @@ def save(figure: Figure, path: Path | str) -> None:
 
 
 def few_colors(png: bytes) -> Image.Image:
-    """A picture in 48 colours, enough for lines and bars: a third of the bytes."""
-    return Image.open(io.BytesIO(png)).convert("RGB").quantize(48, dither=Image.Dither.NONE)
+    """A picture in 48 colours, those that differ most, so that a few small points keep theirs: a third of the bytes."""
+    return Image.open(io.BytesIO(png)).convert("RGB").quantize(48, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
 
 
 def token_credit(rows: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:
@@ -165,6 +165,21 @@ def token_credit(rows: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:
         ax.text(-0.3, -y - 0.4, label, ha="right", va="center")
     ax.set(xlim=(0, max(len(text) for _, text, _ in rows)), ylim=(-len(rows), 0.1))
     ax.set_axis_off()
+    return figure
+
+
+def scatter(panels: dict[str, dict[str, tuple]], xlabel: str, ylabel: str, height: float = 3.6) -> Figure:
+    """Points, {panel title: {legend label: (x, y)}}, on shared axes; the last label is drawn on top."""
+    figure, axes = _axes(list(panels), ylabel, height)
+    for ax, series in zip(axes, panels.values()):
+        if ax is not axes[0]:
+            ax.sharey(axes[0])  # before there are points, so that the limits hold all of them
+        for n, (label, (x, y)) in enumerate(series.items()):
+            ax.plot(x, y, "os^Dv"[n % 5], color=COLORS[n], markersize=4, markeredgewidth=0, label=label)
+        ax.axhline(0, color="black", linewidth=0.6)
+        ax.axvline(0, color="black", linewidth=0.6)
+        ax.set(xlabel=xlabel)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, markerscale=2.5)
     return figure
 
 

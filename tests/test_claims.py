@@ -201,10 +201,8 @@ def test_what_the_prose_says_of_grpo_and_of_evaluations():
     cfg = config.parse(reproduce.EXPERIMENTS["baselines"].arms[claims.SPARSE].split())
     assert (cfg.student_steps, cfg.lr) == (210, 4e-4)
     assert "with 210 warm-start updates and lr 4e-4" in claim.text
-    readme, cites = (
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-        lambda arm: statistics.mean(s[-1]["leak_rate"] for s in results[arm]),
-    )
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    cites = lambda arm: statistics.mean(seed[-1]["leak_rate"] for seed in results[arm])
     end = lambda arm: statistics.mean(seed[-1]["accuracy"] for seed in results[arm])
     assert f"OPSD ends at {end('opsd, cite'):.3f} and cites in {cites('opsd, cite'):.3f} of its answers" in readme
     assert f"RLSD at {end('rlsd, cite'):.3f} and cites in {cites('rlsd, cite'):.3f}" in readme

@@ -39,6 +39,13 @@ def test_seed_curves_draw_the_mean_over_seeds_and_skip_what_was_not_measured():
     assert (band.min(), band.max()) == pytest.approx((mean_interval([0, 1, 2, 3])[1], mean_interval([2, 3, 4, 5])[2]))
 
 
+def test_a_scatter_shows_every_point_of_every_panel_on_one_scale():
+    figure = figures.scatter({"one": {"a": ([0, 1], [0, 1]), "b": ([2], [2])}, "two": {"a": ([0], [-5])}}, "x", "y")
+    one, two = figure.axes
+    assert [list(line.get_xydata().ravel()) for line in one.get_lines()[:2]] == [[0, 0, 1, 1], [2, 2]]
+    assert one.get_ylim() == two.get_ylim() and one.get_ylim()[0] <= -5 and one.get_ylim()[1] >= 2
+
+
 def test_results_are_read_as_they_were_written(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text('arm,seed,step,kl,leak_rate\na,0,0,0.5,\na,0,1,0.25,\na,1,0,1,0\n"b, c",0,0,2,\n', encoding="utf-8")

@@ -269,6 +269,18 @@ MUTATIONS = {
         ("second - mean.square().sum()", "second", "exact: one_response_at_a_time"),
         ("f(log_u.sum(1))", "f(log_u).sum(1)", "exact: names_say"),
     ],
+    "exact_rewards.py": [
+        ("prefix, weight * reward)", "prefix, reward)", "exact_rewards: share_a_prefix"),
+        ("world.tokens[:, n]), V[-1])", "world.tokens[:, n]), V[0])", "exact_rewards: share_a_prefix"),
+        ("world.probability(theta) * reward", "world.probability() * reward", "exact_rewards: with_token_advantages"),
+        ("ratio.log())", "ratio)", "exact_rewards: conditioned_on_being_right"),
+        ("(V > 0)", "(V >= 0)", "exact_rewards: conditioned_on_being_right"),
+        ("A = advantage(torch.where(right, among[0], among[-1])", "A = advantage(among", "exact_rewards: groups"),
+        ("k * (k - 1) * a @ a", "k * k * a @ a", "exact_rewards: enumerated_groups"),
+        ("second - mean @ mean", "second", "exact_rewards: enumerated_groups"),
+        ("rate**k * (1 - rate)", "rate ** (G - k) * (1 - rate)", "exact_rewards: enumerated_groups"),
+        ("reward == 0) | (reward == 1", "reward >= 0) | (reward == 1", "exact_rewards: right_and_wrong"),
+    ],
 }
 CASES = [(file, *mutation) for file, mutations in MUTATIONS.items() for mutation in mutations]
 
