@@ -340,6 +340,8 @@ def test_in_a_chain_of_decisions_perfect_credit_saves_little_unless_right_answer
     assert 0.6 < rollouts(0.48) < 0.95 and rollouts(0.02) < 0.3
     assert rollouts(0.02, rlsd_credit(0.5, 0.2)) > 0.9 and rollouts(0.02, rlsd_credit(1, 1)) > 0.7
     assert 0.85 < rollouts(0.48, rlsd_credit(0.5, 0.2)) < 1
+    if decisions == 3:  # as a half-right student of 3-digit addition, in README.md
+        assert [rollouts(0.5), rollouts(0.5, rlsd_credit(0.5, 0.2))] == pytest.approx([0.68, 0.89], abs=0.006)
 
 
 def test_where_the_squared_gradient_of_a_chain_is():
