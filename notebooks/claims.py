@@ -200,10 +200,13 @@ FOUND = {
     "OPSD ends at 0.794; always shown the bare answer, which it cannot work out in one step, at 0.008.",
     "OPSD leaks more than GRPO": "Four of five seeds cite in 0.335 to 0.518 of their answers, one in 0.011. Why that "
     "one does not is open.",
-    "RLSD ends above GRPO": "There is little to gain: where half of the answers are right and three digits decide, "
-    "perfect credit would need 0.68 of GRPO's rollouts, and RLSD with an ideal teacher 0.89 (enumerated). And its bracket, "
-    "1 plus the token's advantage over the value, hands on little of what the teacher knows: notebook 04. None of nine "
-    "other settings gains after the correction, nor does the published schedule, nor the best of the nine on fresh seeds.",
+    "RLSD ends above GRPO": (
+        "There is little to gain: where half of the answers are right and three digits decide, perfect credit "
+        "would need 0.68 of GRPO's rollouts, and RLSD with an ideal teacher 0.89 (enumerated). And its bracket, 1 "
+        "plus the token's advantage over the value, hands on little of what the teacher knows: notebook 04. None "
+        "of nine other settings gains after the correction, nor does the published schedule, nor the best of the "
+        "nine on fresh seeds."
+    ),
 }
 
 
