@@ -113,11 +113,16 @@ def sweep(panels: dict[str, dict[str, list[tuple[float, list[float]]]]], xlabel:
             if arm == "start":
                 ax.axhline(np.mean(mean), color="#808080", linestyle=":", label=arm)
                 continue
-            style = {"color": OWN_COLOR.get(arm.split(",")[0], COLORS[n]), "capsize": 2, "marker": "o", "markersize": 4}
+            own = OWN_COLOR.get(arm, COLORS[n]), "o", "-"  # variants of OPD are darker and lighter than it
+            color, marker, line = {"OPD, clipped": ("#F0A070", "x", ":"), "OPD, near": ("#7A2F00", "s", "--")}.get(
+                arm, own
+            )
             error = [np.subtract(mean, low), np.subtract(high, mean)]
-            ax.errorbar(x, mean, error, label=arm, linestyle="--" if "," in arm else "-", **style)
-        ax.set(xscale="log", xlabel=xlabel, xlim=(1e-4, 4e-2), ylim=(-0.02, 1.02))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+            style = {"color": color, "marker": marker, "linestyle": line, "markersize": 5, "capsize": 2}
+            ax.errorbar(x, mean, error, label=arm, **style)
+        ax.set(xscale="log", xlabel=xlabel, xlim=(1e-4, 4e-2), ylim=(-0.04, 1.04))
+    drawn = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=5)
     return figure
 
 

@@ -146,6 +146,17 @@ def test_a_verdict_says_where_only_the_correction_decides():
     assert norms.verdict([0.10, 0.11, 0.10, 0.09], 0.001) == "seen: within a factor 1.5, though higher"
 
 
+def test_what_the_page_says_of_the_learning_rate():
+    results, arms = claims.load(RESULTS), reproduce.rates(("opd",), reproduce.DIVERGENCES[1:3], "", "{}")
+    values = lambda note, n, d="": [s[n]["accuracy"] for a in arms if d in a for s in results[a.format(note)]]
+    assert f"{statistics.mean(values('', 0)):.2f}" == "0.08"
+    assert max(values("", -1)) <= 0.002 and max(values(", clipped", -1)) <= 0.003
+    assert min(values(", near", 0)) >= 0.945 and max(values(", near", -1, "forward_kl")) == 0
+    near = lambda lr: [seed[-1]["accuracy"] for seed in results[f"opd, jsd, lr={lr}, near"]]
+    assert min(near("2e-4")) > 0.94 and min(near("6e-4")) == 0 and max(near("6e-4")) > 0.7
+    assert all(max(near(lr)) == 0 for lr in ("2e-3", "6e-3", "2e-2"))
+
+
 def test_two_accuracies_near_0_say_nothing():
     results = {"a": seeds(0.018, 0.001, 0.003), "b": seeds(0.0, 0.0, 0.001), "c": seeds(0.3, 0.32, 0.31)}
     verdicts = lambda *made: [row[-1] for row in claims.tested(list(made), results)]
