@@ -115,7 +115,7 @@ def reversed_on_right(
 
     w_n = P_S/P_T where A > 0, else 1. Arguments as rlsd.advantage.
     """
-    reversed_ = rlsd.advantage(A, student_logp, teacher_logp, mask, lam, eps_w)
+    reversed_ = rlsd.advantage(A, student_logp, teacher_logp.clamp(min=-80), mask, lam, eps_w)  # a forbidden token too
     return torch.where(A[:, None] > 0, reversed_, torch.where(mask, A[:, None], 0.0))
 
 
