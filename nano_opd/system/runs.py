@@ -43,7 +43,8 @@ class StopRequest:
 
     def __enter__(self):
         there = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        kept = [number for number in there if signal.getsignal(number) != signal.SIG_IGN]  # nohup's choice stays
+        nohup = [n for n in there[2:] if signal.getsignal(n) == signal.SIG_IGN]  # its choice stays
+        kept = [number for number in there if number not in nohup]
         self.before = {number: signal.signal(number, self._keep) for number in kept}
         return self
 
