@@ -318,7 +318,7 @@ def test_a_bad_command_line_is_refused_once(tmp_path):
             "--batch-size 12: must be a multiple of the 2 processes times --group-size 4",
         ),
         ("--normalize token_mean", "--normalize token_mean: no process knows the tokens of all"),
-        ("--method rlsd --batch-size 8 --reference shuffled", "two groups or more in --batch-size for each process"),
+        ("--method rlsd --batch-size 8 --reference shuffled", "two groups or more of --batch-size in each process"),
     ],
 )
 def test_what_two_processes_cannot_share_is_refused(arguments, message, capsys, monkeypatch):
