@@ -95,10 +95,10 @@ class World:
 
     def probability(self, theta: Tensor | None = None) -> Tensor:
         """p_θ(y) of every response, (S,); sums to 1."""
-        return torch.where(self.mask, _at(self.tokens, self.logps(theta)[0]), 0.0).sum(1).exp()
+        return torch.where(self.mask, at(self.tokens, self.logps(theta)[0]), 0.0).sum(1).exp()
 
 
-def _at(tokens: Tensor, x: Tensor) -> Tensor:
+def at(tokens: Tensor, x: Tensor) -> Tensor:
     """x (…, R, V) at the tokens (…, R)."""
     return x.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
@@ -110,7 +110,7 @@ def objective(world: World, divergence: Divergence, kind: str, theta: Tensor | N
     Raises ValueError unless kind is one of prefix, return, sequence.
     """
     student_logp, teacher_logp = world.logps(theta)
-    log_u = torch.where(world.mask, _at(world.tokens, teacher_logp - student_logp), 0.0)  # (S, R); f(1) = 0
+    log_u = torch.where(world.mask, at(world.tokens, teacher_logp - student_logp), 0.0)  # (S, R); f(1) = 0
     if kind == "prefix":
         per_prefix = (student_logp.exp() * divergence.f(teacher_logp - student_logp)).sum(-1)
         frozen = world.probability()  # Σ_y p(y) over the responses that pass through s is P(s)
@@ -134,8 +134,8 @@ def sampled(advantage: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], norma
     """
 
     def estimator(tokens: Tensor, mask: Tensor, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        student_logp = _at(tokens, student_logits.log_softmax(-1))  # (B, R)
-        teacher_logp = _at(tokens, teacher_logits.log_softmax(-1))
+        student_logp = at(tokens, student_logits.log_softmax(-1))  # (B, R)
+        teacher_logp = at(tokens, teacher_logits.log_softmax(-1))
         A = advantage(teacher_logp - student_logp, mask, student_logits, teacher_logits)
         return policy_gradient.loss(student_logp, A, mask, normalize)
 

@@ -20,13 +20,14 @@ derived here. Rewards are tensors (S,) over world.tokens, in float64.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.func import grad, jacrev
 
 from nano_opd import grpo
-from nano_opd.exact import Moments, World
+from nano_opd.exact import Moments, World, at
 
 
 def values(world: World, reward: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ def group_moments(
     """
     if not ((reward == 0) | (reward == 1)).all() or reward.min() == reward.max():
         raise ValueError("the reward must be 0 for some responses and 1 for the others")
-    chosen = lambda logp: logp.gather(-1, world.tokens.unsqueeze(-1)).squeeze(-1)  # (S, R)
+    chosen = partial(at, world.tokens)  # (S, R)
     score = jacrev(lambda theta: chosen(world.logps(theta)[0]))(world.theta).flatten(2)  # (S, R, parameters)
     student_logp, teacher_logp = map(chosen, world.logps())
     right, G = reward == 1, group_size

@@ -48,6 +48,11 @@ def generator(advantage: Callable[[Tensor], Tensor], name: str = "h") -> Diverge
     return Divergence(name, f=h, f_prime=lambda x: exp(-x) * (h(x) + rest(x)), unbiased=rest)
 
 
+def of_u(advantage: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """An advantage of log u alone, as divergence.unbiased, as one of log_p and log_q, as `update` takes it."""
+    return lambda log_p, log_q: advantage(log_q - log_p)
+
+
 def update(advantage: Callable[[Tensor, Tensor], Tensor], log_p: Tensor, log_q: Tensor) -> Tensor:
     """E_{v∼p}[A_v ∇log p_v] in the logits, p_v (A_v − E_p[A]): the expected update at one prefix, exactly.
 
@@ -137,7 +142,7 @@ def judge(advantage: Callable[[Tensor, Tensor], Tensor], against: str = "reverse
     centred = lambda A: A - A.mean(-1, keepdim=True)
     joined = A(*(torch.cat([x[:16] + np.log(0.25), x[16:] + np.log(0.75)], -1) for x in (log_p, log_q)))
     apart = centred(torch.stack(A(log_p, log_q).split(16), 1))
-    of_u = (centred(joined.unflatten(-1, (2, 4))) - apart).abs().max() <= 1e-9 * apart.abs().max()
+    alone = (centred(joined.unflatten(-1, (2, 4))) - apart).abs().max() <= 1e-9 * apart.abs().max()
 
     def a(x: Tensor) -> Tensor:  # A of a token with log u = x, less A of one with u = 1 at the same prefix
         masses = exp(-x.clamp(min=0)) / 4, exp(x.clamp(max=0)) / 4
@@ -148,14 +153,14 @@ def judge(advantage: Callable[[Tensor, Tensor], Tensor], against: str = "reverse
     w, name = a(x)[:, None], ""
     size = w.max() - w.min()
     turns = torch.nn.functional.pad(w[:, 0].diff() < -1e-9 * size, (1, 1)).int().diff()
-    for names in [*combinations(NAMED, 1), *combinations(NAMED, 2)] if of_u else []:
+    for names in [*combinations(NAMED, 1), *combinations(NAMED, 2)] if alone else []:
         basis = torch.stack([*(NAMED[n](x) for n in names), torch.ones_like(x)], -1)
         c = torch.linalg.lstsq(basis, w).solution
         if (basis @ c - w).abs().max() <= 1e-8 * size:
             name = " + ".join(f"{k:.3g} {n}" for k, n in zip(c[:, 0].tolist(), names)).replace("+ -", "− ")
             break
 
-    plus = lambda log_p, log_q: d.unbiased(log_q - log_p)
+    plus = of_u(d.unbiased)
     u, g, p = update(A, log_p, log_q), update(plus, log_p, log_q), log_p.exp()
     second = [(p * m(log_p, log_q) ** 2 * (1 - 2 * p + (p * p).sum(-1, True))).sum() for m in (A, plus)]  # E‖A ∇log p‖²
     speed = 0.6 / update(A, STUDENTS.log(), TEACHER.log()).norm(dim=-1).mean().clamp(min=1e-9)  # the way is the same
@@ -167,9 +172,9 @@ def judge(advantage: Callable[[Tensor, Tensor], Tensor], against: str = "reverse
         length=u.norm(dim=-1).max().item(),
         asymmetry=((J - J.mT).norm(dim=(1, 2)) / (2 * J.norm(dim=(1, 2))).clamp(min=1e-6)).max().item(),
         work=(work.sum(1).abs() / work.abs().sum(1).clamp(min=1e-9)).max().item(),
-        generator=generator(a) if of_u else None,
+        generator=generator(a) if alone else None,
         name=name,
-        falls=list(zip(*(exp(x[turns == s]).tolist() for s in (1, -1)))) if of_u else [],
+        falls=list(zip(*(exp(x[turns == s]).tolist() for s in (1, -1)))) if alone else [],
         at_teacher=update(A, log_q, log_q).norm(dim=-1).max().item(),
         ends=ends,
         against=against,

@@ -14,7 +14,7 @@ from torch import Tensor, exp, expm1, log1p, logaddexp
 
 from nano_opd import divergences
 from nano_opd.divergences import Divergence
-from nano_opd.judge import generator
+from nano_opd.judge import generator, of_u
 
 Pair = Callable[[Tensor, Tensor], Tensor]
 ALPHA, BETA, LAMBDA, TAU, K = 0.2, 0.3, 1.25, 0.1, 2  # of the rows below; any other would do
@@ -28,10 +28,6 @@ class Row:
     exactly: str
     advantage: Pair
     descends: Pair | None  # (…, V), (…, V) → (…)
-
-
-def of_u(A: Callable[[Tensor], Tensor]) -> Pair:
-    return lambda p, q: A(q - p)
 
 
 def mean(f: Callable[[Tensor], Tensor]) -> Pair:

@@ -14,11 +14,9 @@ from pathlib import Path
 import bench
 import figures
 import reproduce
-import torch
 from claims import (
     BASELINE,
     CLAIMS,
-    FORWARD,
     JSD,
     REVERSE,
     SPARSE,
@@ -30,6 +28,7 @@ from claims import (
     load,
     mean_of,
     number,
+    pair,
     table,
 )
 from matplotlib.figure import Figure
@@ -113,11 +112,12 @@ def sizes_table(results: Results) -> str:
 def sweep(results: Results) -> dict[str, dict[str, list]]:
     """Accuracy at the end over the learning rate, as figures.sweep takes it."""
     panels = {}
-    for d, title in zip(reproduce.DIVERGENCES, ("reverse KL", "forward KL", "Jensen–Shannon")):
-        arms = {"OPD+": "opdplus, {}, lr={}", "OPD": "opd, {}, lr={}", "OPD, clipped": "opd, {}, lr={}, clipped"}
-        panels[title] = {
+    arms = {"OPD+": "opdplus, {}, lr={}", "OPD": "opd, {}, lr={}"}
+    arms |= {f"OPD, {note}": f"opd, {{}}, lr={{}}, {note}" for note in ("clipped", "near")}
+    for d in reproduce.DIVERGENCES[:3]:
+        panels[figures.NAMES[d]] = {
             label: [(float(lr), results[a]) for lr in reproduce.RATES if (a := arm.format(d, lr)) in results]
-            for label, arm in (arms | {"OPD, near": "opd, {}, lr={}, near"}).items()
+            for label, arm in arms.items()
         }
     at = lambda points, n: [(lr, [seed[n]["accuracy"] for seed in seeds]) for lr, seeds in points]
     return {
@@ -169,7 +169,7 @@ def draw(folder: Path) -> dict[str, Figure]:
     """The figures, by the names of their files."""
     results = load(folder)
     there = lambda arms: {label: results[arm] for label, arm in arms.items() if arm in results}
-    pairs = {"reverse KL": REVERSE, "forward KL": FORWARD, "Jensen–Shannon": JSD}
+    pairs = {figures.NAMES[d]: pair(d) for d in reproduce.DIVERGENCES[:3]}
     panels = {name: there(dict(zip(("OPD", "OPD+"), arms))) for name, arms in pairs.items()}
     arms = there({arm: arm for arm in reproduce.EXPERIMENTS["rlsd"].arms})
     only = lambda *names: {arm: seeds if arm in names else [] for arm, seeds in arms.items()}
@@ -190,15 +190,11 @@ def draw(folder: Path) -> dict[str, Figure]:
 @functools.cache
 def flows() -> tuple[dict[str, dict[str, Tensor]], Tensor]:
     """Where the expected updates of OPD and OPD+ take 55 students over three tokens, and the teacher."""
-    grid = torch.tensor([[a, b, 12 - a - b] for a in range(1, 12) for b in range(1, 12 - a)], dtype=torch.float64)
-    teacher = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-    rows = {}
-    for title, name in (("reverse KL", "reverse_kl"), ("forward KL", "forward_kl"), ("Jensen–Shannon", "jsd")):
-        d = divergences.get(name)
-        for row, A in (("OPD", d.stop_gradient), ("OPD+", d.unbiased)):
-            way = judge.paths(lambda log_p, log_q, A=A: A(log_q - log_p), (grid / 12).log(), teacher.log())
-            rows.setdefault(row, {})[title] = way
-    return rows, teacher
+    rows = {"OPD": {}, "OPD+": {}}
+    for d in map(divergences.get, reproduce.DIVERGENCES[:3]):
+        for row, A in zip(rows, (d.stop_gradient, d.unbiased)):
+            rows[row][figures.NAMES[d.name]] = judge.paths(judge.of_u(A), judge.STUDENTS.log(), judge.TEACHER.log())
+    return rows, judge.TEACHER
 
 
 def minus(seeds: list[list[dict]], others: list[list[dict]]) -> list[list[dict]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+import field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,11 +104,6 @@ def goal(divergence: Divergence, kind: str = "prefix") -> Goal:
     return lambda world: exact.gradient(world, divergence, kind)
 
 
-def total(mask: Tensor, terms: Tensor) -> Tensor:
-    """Sum over the tokens, mean over the responses."""
-    return policy_gradient.reduce(terms, mask)
-
-
 def full(divergence: Divergence) -> Estimator:
     """The divergence over the whole vocabulary, differentiated."""
     return of(lambda tokens, mask, p, q: gkd.loss(p, q, mask, divergence))
@@ -133,7 +129,8 @@ def own_f(detach: bool, add_f: bool, d: Divergence = jsd) -> exact.Estimator:
     def loss(tokens, mask, p, q):
         logp = at(tokens, p)
         f = d.f(at(tokens, q) - logp)
-        return total(mask, (f.detach() if detach else f) * logp + (f if add_f else 0.0))  # drops ∇f from the product
+        product = (f.detach() if detach else f) * logp  # drops ∇f
+        return policy_gradient.reduce(product + (f if add_f else 0.0), mask)
 
     return loss
 
@@ -162,7 +159,7 @@ def as_loss(k, weight: str | None = None) -> Estimator:
                 x = _log_rho(world, tokens, mask, logp)
                 before = (x.cumsum(1) - x).detach()  # drops how the prefixes move
                 W = ((x.detach() if weight == "sg ρ" else x) + before).exp()
-            return total(mask, W * k(at(tokens, q) - logp))
+            return policy_gradient.reduce(W * k(at(tokens, q) - logp), mask)
 
         return exact.moments(world, loss, probability=world.probability(_older(world)) if weight else None)
 
@@ -240,7 +237,7 @@ def sampled_tail(whose: str, k: int = 2) -> exact.Estimator:
         logp, top = at(tokens, p), (p if whose == "student" else q).topk(k).indices
         A = (1 + logp - at(tokens, q)).detach()  # drops ∇ ln u, whose mean the 1 stands for
         outside = ~(top == tokens.unsqueeze(-1)).any(-1)
-        return total(mask, top_k(whose, k=k)(p, q) + torch.where(outside, A * logp, 0.0))
+        return policy_gradient.reduce(top_k(whose, k=k)(p, q) + torch.where(outside, A * logp, 0.0), mask)
 
     return loss
 
@@ -315,12 +312,6 @@ class Pitfall(NamedTuple):
     small: bool = False  # whether it couples two responses
 
 
-def generalized_jsd(beta: float) -> Divergence:
-    """β KL(q‖m) + (1 − β) KL(p‖m) with m = βq + (1 − β)p."""
-    log_m = lambda x: torch.log(beta * x.exp() + 1 - beta)
-    return Divergence(f"JSD({beta})", lambda x: beta * x.exp() * (x - log_m(x)) - (1 - beta) * log_m(x), None, None)
-
-
 def _bfloat16_sampler(tokens, mask, p, q):
     cached = at(tokens, p).detach().bfloat16().double()  # drops nothing: log u is a constant in the advantage
     return policy_gradient.loss(at(tokens, p), opdplus.advantage(at(tokens, q) - cached, mask, jsd), mask)
@@ -350,7 +341,7 @@ def kl_div(first: str) -> exact.Estimator:
 
     def loss(tokens, mask, p, q):
         a, b = (p, q) if first == "student" else (q, p)
-        return total(mask, F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none").sum(-1))
+        return policy_gradient.reduce(F.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="none").sum(-1), mask)
 
     return loss
 
@@ -397,7 +388,7 @@ REST = [
         "JSD(β = 0.999) for reverse KL",
         "divide by 1 − β (at the other end by β), or take the KL itself",
         "modelscope/ms-swift#10078, verl-project/verl-recipe#151",
-        full(generalized_jsd(0.999)),
+        full(field.jsd(0.999)),
         goal(reverse_kl),
     ),
     Pitfall(

@@ -253,7 +253,7 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
     """train.py in a process that stays for the next run, and a note of how it was made; its seconds and last words.
 
     Ending in a number that is not finite (exit code 1) is a result like any other: the rows end early.
-    Raises RuntimeError with what train.py stderr when it ends in anything else but success.
+    Raises RuntimeError with what train.py said when it ends in anything else but success.
     """
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))

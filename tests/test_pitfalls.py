@@ -2,6 +2,7 @@
 
 import math
 
+import field
 import pytest
 import torch
 from pitfalls import (
@@ -9,7 +10,6 @@ from pitfalls import (
     Museum,
     at,
     full,
-    generalized_jsd,
     goal,
     group,
     jsd,
@@ -25,7 +25,6 @@ from pitfalls import (
     sampler,
     top_k,
     top_p,
-    total,
 )
 
 from nano_opd import exact, grpo, policy_gradient
@@ -52,7 +51,7 @@ def test_a_forgotten_detach_multiplies_the_correction_by_logp_and_a_separate_f_i
 
 def test_who_may_stay_at_the_teacher():
     """At p = q a top-k sum without its tail has a gradient. With a bucket or −p + q it has none, and stays above 0."""
-    summed = lambda tail: of(lambda tokens, mask, p, q: total(mask, top_k("teacher", tail)(p, q)))
+    summed = lambda tail: of(lambda tokens, mask, p, q: policy_gradient.reduce(top_k("teacher", tail)(p, q), mask))
     for world in Museum(0.0, 2).worlds:
         assert summed("")(world).mean.norm() > 0.01
         assert all(summed(tail)(world).mean.norm() < 1e-12 for tail in ("bucket", "−p + q"))
@@ -103,7 +102,7 @@ def test_a_brief_teacher_with_another_eos_teaches_long_responses():
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_generalised_jsd_divided_by_its_small_weight_is_a_kl(world):
     g = goal(reverse_kl)(world)
-    mean = full(generalized_jsd(0.999))(world).mean
+    mean = full(field.jsd(0.999))(world).mean
     assert mean.norm() < 0.01 * g.norm() and (mean / 0.001 - g).norm() < 0.01 * g.norm()
 
 

@@ -245,11 +245,12 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(finished, tmp_path)
     assert same(finished, run_dir)
 
 
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["default", "a shell's background job"])
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_continue(finished, tmp_path, number, code):
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_continue(finished, tmp_path, number, code, before):
     run_dir = tmp_path / finished.name
-    long = command(tmp_path, "--steps", "100000")
-    process = subprocess.Popen(long, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    long, start = command(tmp_path, "--steps", "100000"), lambda: signal.signal(number, before)
+    process = subprocess.Popen(long, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=start)
     while not (run_dir / "metrics.csv").exists():
         time.sleep(0.01)
     process.send_signal(number)

@@ -92,7 +92,7 @@ class Config:
     student_layers: int = option(2, "student: transformer blocks", low=1)
     student_width: int = option(64, "student: channels", low=8)
     student_steps: int = option(
-        None, "student: warm-start updates; × digits/3; sub × 1.25, mul × 1.5, mix × 2.5", low=0
+        None, f"student: warm-start updates; × digits/3; {', '.join(f'{k} × {x}' for k, x in EFFORT.items())}", low=0
     )
     sft_batch_size: int = option(64, "worked solutions per supervised update of the warm starts", low=1)
     sft_lr: float = option(1e-2, "learning rate of the warm starts, falling to 0", low=0.0)

@@ -23,11 +23,11 @@ def warn_of_a_weak_teacher(run: Run, teacher: GPT) -> None:
     if not run.cfg.reference_slot:
         problems = draw_problems(run.cfg, "teacher check", 500, held_out=True)
         right, _ = answers(run, teacher, problems, torch_stream(run.cfg.seed, "teacher check", device=run.device))
-        _print_if_weak(run, right)
+        _say_if_weak(right)
 
 
-def _print_if_weak(run: Run, right: Tensor) -> None:
-    if right.mean() < 0.9 and not run.cfg.reference_slot:
+def _say_if_weak(right: Tensor) -> None:
+    if right.mean() < 0.9:
         say(f"a weak teacher, right only {right.mean():.2f} of the time: try more --teacher-steps")
 
 
@@ -79,7 +79,8 @@ def report(run: Run, student: GPT, teacher: GPT) -> None:
     say(f"  {'pass@4':<24} {pass_at_k(torch.stack(correct, 1) > 0, 4):.3f} at the end")
     who = "with reference" if cfg.reference_slot else "the teacher"
     say(f"  {who + ', sampled':<24} {proportion(by_teacher.mean().item())}")
-    _print_if_weak(run, by_teacher)
+    if not cfg.reference_slot:
+        _say_if_weak(by_teacher)
 
     say("\nfive sampled answers, wrong ones first:")
     for i in sorted(range(len(problems)), key=right.__getitem__)[:5]:

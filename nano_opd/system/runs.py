@@ -42,9 +42,9 @@ class StopRequest:
     signal: int | None = None
 
     def __enter__(self):
-        there = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        nohup = [n for n in there[2:] if signal.getsignal(n) == signal.SIG_IGN]  # its choice stays
-        kept = [number for number in there if number not in nohup]
+        kept, hangup = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup's choice stays
+            kept.append(hangup)
         self.before = {number: signal.signal(number, self._keep) for number in kept}
         return self
 
