@@ -24,8 +24,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
+import ceiling
 import numpy
 import torch
 from bench import processor
@@ -182,6 +185,8 @@ EXPERIMENTS = {
     "rate": Experiment(SHORT, rates(("opd", "opdplus"), DIVERGENCES[:3]), seeds=3, seconds=25),
     "rate_clip": Experiment(SHORT, rates(("opd",), DIVERGENCES[1:3], "--grad-clip 1", ", clipped"), 3, 25),
     "rate_near": Experiment(SHORT, rates(("opd",), DIVERGENCES[1:3], "--student-steps 300", ", near"), 3, 25),
+    # What perfect credit would bring; grpo, rlsd and their other clips, with the same start, are in rlsd and rlsd_clip.
+    "credit": Experiment(EVALUATION, dict.fromkeys(ceiling.ARMS, "--method rlsd"), seeds=5, seconds=75),
     "rlsd_confirm": Experiment(  # what the search found most, on seeds that had no part in finding it
         EVALUATION,
         {"grpo, fresh seeds": "--method grpo", "rlsd, sync 50, fresh seeds": "--method rlsd --teacher-sync 50"},
@@ -201,6 +206,11 @@ class Run:
     seed: int
     arguments: list[str]
     cfg: config.Config
+
+    @property
+    def oracle(self) -> str:
+        """What gives the advantage in the place of the method, if it is one of ceiling.ARMS."""
+        return self.arm.split(" from ")[0]
 
     def complete(self) -> bool:
         """Whether this very run has been made to its end. Raises SystemExit if its folder holds another."""
@@ -259,10 +269,12 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
         sys.path.insert(0, str(ROOT))
     import train
 
+    update = partial(ceiling.update, run.oracle) if run.oracle in ceiling.ARMS else train.update
     started, stderr = time.monotonic(), io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
         try:
-            train.main(run.arguments)
+            with mock.patch.object(train, "update", update):
+                train.main(run.arguments)
         except SystemExit as end:
             if end.code > 2:  # interrupted: this process would begin the run that it was handed in advance
                 os._exit(end.code)

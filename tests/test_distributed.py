@@ -156,7 +156,7 @@ def torchrun(program, *arguments):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*launcher, *map(str, arguments)], env=environment, **pipes) as process:
         try:
-            out, error = process.communicate(timeout=120)
+            out, error = process.communicate(timeout=600)  # a busy machine takes minutes to import torch twice
         finally:
             process.terminate()  # it takes its ranks with it, should they wait for each other for ever
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)

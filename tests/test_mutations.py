@@ -281,6 +281,36 @@ MUTATIONS = {
         ("rate**k * (1 - rate)", "rate ** (G - k) * (1 - rate)", "exact_rewards: enumerated_groups"),
         ("reward == 0) | (reward == 1", "reward >= 0) | (reward == 1", "exact_rewards: right_and_wrong"),
     ],
+    "../notebooks/reproduce.py": [
+        ('"--seed", str(seed), "--out-dir"', '"--seed", "0", "--out-dir"', "reproduce: every_seed"),
+        ("range(e.first_seed, e.first_seed +", "range(0,", "reproduce: every_seed"),
+        ('*e.common.split(), *flags.split(), "--seed"', '*e.common.split(), "--seed"', "reproduce: every_seed"),
+        ("arguments += QUICK.split() if quick", "arguments[:0] = QUICK.split() if quick", "reproduce: every_seed"),
+        (', "--resume"]', "]", "reproduce: not_run_twice"),
+        ('if row["accuracy"]:', 'if row["accuracy"] and not kept:', "reproduce: not_run_twice"),
+        ("kept[-1][1].append(row)", "kept[0][1].append(row)", "reproduce: not_run_twice"),
+        ("sum(values) / len(values)", "values[-1]", "reproduce: not_run_twice"),
+        ('(folder / "provenance.json").exists()', '(folder / "metrics.csv").exists()', "reproduce: not_run_twice"),
+        (':.5g}"', ':.1g}"', "reproduce: not_run_twice"),
+        ('symlink_to((out / "warm_starts")', 'symlink_to((folder / "none")', "reproduce: not_run_twice"),
+        ("if any(saved.get(name) != value", "if all(saved.get(name) != value", "reproduce: of_another_run"),
+        ("if end.code != 1:", "if end.code > 2:", "reproduce: of_another_run"),
+        ('if row["experiment"] != experiment]', 'if row["experiment"] == experiment]', "reproduce: not_run_twice"),
+        ('if changed else "")', 'if not changed else "")', "reproduce: commit_is_named"),
+        ("if run.oracle in ceiling.ARMS", "if False", "reproduce: place_of_the_update"),
+    ],
+    "../notebooks/ceiling.py": [
+        (".flip(1).cumsum(1).flip(1)", ".cumsum(1)", "ceiling: go_on_as_taught"),
+        (".cumprod(1)", "", "ceiling: go_on_as_taught"),
+        ("ended, rewards(problems, rollout)[:, None], V", "ended, 0.0, V", "ceiling: go_on_as_taught"),
+        ("return V.diff() /", "return -V.diff() /", "ceiling: adds_up"),
+        ("V[:, 1:] / V[:, :-1]", "V[:, :-1] / V[:, 1:]", "ceiling: ideal_weights"),
+        ("1.0, 1.0) - b.A[:, None]", "1.0, 1.0)", "ceiling: other_arms"),
+        ("if A[row, 0] < 0 and", "if A[row, 0] > 0 and", "ceiling: other_arms"),
+        ("masked_fill(~b.rollout.mask, 2.0)", "masked_fill(b.rollout.mask, 2.0)", "ceiling: other_arms"),
+        ('"rollout", step)', '"rollout", 0)', "ceiling: methods_advantage"),
+        ("prompt_length, teacher_prompts)", "prompt_length, prompts)", "ceiling: methods_advantage"),
+    ],
 }
 CASES = [(file, *mutation) for file, mutations in MUTATIONS.items() for mutation in mutations]
 
@@ -296,13 +326,14 @@ def run_suite(package_parent: str, guards: dict[str, str]) -> None:
         os.dup2(silence, 1)
         os.dup2(silence, 2)
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        sys.path.insert(0, package_parent)
+        sys.path[:0] = [package_parent, os.path.join(package_parent, "notebooks")]
         import train  # it imports the package
 
         if Path(train.__file__).is_relative_to(package_parent) and Path(train.sft.__file__).is_relative_to(
             package_parent
         ):
-            options = ["-x", "-o", "addopts=", "--assert=plain", "-p", "no:cacheprovider", "--rootdir", package_parent]
+            options = ["-x", "-o", "addopts=", "-o", "pythonpath=", "--assert=plain", "-p", "no:cacheprovider"]
+            options += ["--rootdir", package_parent]
             code = max(pytest.main([str(TESTS / f"test_{f}.py"), "-k", k, *options]) for f, k in guards.items())
     finally:
         os._exit(code)
@@ -322,6 +353,9 @@ def copy(tmp_path):
     """A folder with a copy of the package in it."""
     shutil.copytree(TESTS.parent / "nano_opd", tmp_path / "nano_opd", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(TESTS.parent / "train.py", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    for path in (TESTS.parent / "notebooks").glob("*.py"):
+        shutil.copy(path, tmp_path / "notebooks")
     return tmp_path
 
 

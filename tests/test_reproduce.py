@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import figures
 import pytest
 import reproduce
 
+import train
 from nano_opd.system import config
 
 TINY = "--digits 2 --student-layers 1 --student-width 8 --student-steps 2 --batch-size 8 --eval-size 4"
@@ -23,6 +25,8 @@ def test_every_arm_is_a_command_line_of_its_own():
     assert len(set(names)) == len(names)  # a claim names arms of several experiments
     for name, experiment in reproduce.EXPERIMENTS.items():
         arms = [config.parse(f"{experiment.common} {arm}".split()) for arm in experiment.arms.values()]
+        if name == "credit":  # one command, and an oracle for each arm
+            continue
         assert len({str(arm.run_key()) for arm in arms}) == len(arms), name
         if name != "sizes":  # bare commands, each with its own recipe
             assert len({arm.steps for arm in arms}) == len({arm.batch_size for arm in arms}) == 1  # one budget
@@ -30,8 +34,73 @@ def test_every_arm_is_a_command_line_of_its_own():
         assert len(set(folders)) == len(folders)
 
 
+def test_a_plan_has_every_arm_with_every_seed(tmp_path):
+    for name in ("rlsd_cite", "rlsd_confirm", "credit"):
+        e = reproduce.EXPERIMENTS[name]
+        planned, seeds = reproduce.plan(name, tmp_path, quick=False), range(e.first_seed, e.first_seed + e.seeds)
+        assert sorted((run.arm, run.seed) for run in planned) == sorted((arm, n) for arm in e.arms for n in seeds)
+        for run in planned[:: max(1, len(planned) // 8)]:
+            want = config.parse(f"{e.common} {e.arms[run.arm]} --seed {run.seed}".split())
+            assert run.cfg.run_key() == want.run_key() and run.cfg.resume and run.cfg.run_dir.is_relative_to(tmp_path)
+        few = reproduce.plan(name, tmp_path, quick=True)
+        assert {run.seed for run in few} == {e.first_seed, e.first_seed + 1}
+        assert all(
+            (run.cfg.steps, run.cfg.digits, run.cfg.eval_every) == (4, 2, 1) for run in few
+        )  # whatever the arm asks for
+
+
+def test_the_commit_is_named_and_so_is_a_changed_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    assert reproduce.commit() == "unknown"
+    who = ["-c", "user.name=n", "-c", "user.email=e@x", "-c", "commit.gpgsign=false"]
+    git = lambda *arguments: subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True)
+    (tmp_path / "train.py").write_text("first", encoding="utf-8")
+    git("init", "-q"), git("add", "."), git("commit", "-qm", "first")
+    named = reproduce.commit()
+    assert len(named) >= 7 and set(named) <= set("0123456789abcdef")
+    (tmp_path / "README.md").write_text("not code", encoding="utf-8")
+    assert reproduce.commit() == named
+    (tmp_path / "train.py").write_text("second", encoding="utf-8")
+    assert reproduce.commit() == f"{named}-dirty"
+
+
+def test_an_oracle_is_in_the_place_of_the_update(tiny, monkeypatch):
+    """Under its own name or at another start, for its own run alone."""
+    asked, update = [], train.update
+    monkeypatch.setattr(reproduce.ceiling, "update", lambda arm, *rest: (asked.append(arm), update(*rest))[1])
+    tiny(
+        f"{TINY} --steps 2",
+        **{"exact A": "--method grpo", "running value from 7": "--method grpo", "grpo": "--method grpo"},
+    )
+    assert asked == ["exact A", "exact A", "running value", "running value"] * 2 and train.update is update
+
+
 def test_all_of_it_fits_into_five_hours_on_two_cores():
     assert sum(e.seconds * e.seeds * len(e.arms) for e in reproduce.EXPERIMENTS.values()) < 2 * 5 * 3600
+
+
+class Here:
+    """An executor that runs what it is given at once, in this process: no other has to import torch."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, cancel_futures):
+        pass
 
 
 @pytest.fixture
@@ -42,40 +111,56 @@ def tiny(monkeypatch, tmp_path):
         reproduce.main()
 
     monkeypatch.setattr(reproduce, "QUICK", "")
+    monkeypatch.setattr(reproduce, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--quick", "--jobs", "1", "--out-dir", str(tmp_path)])
     start.out = tmp_path / "quick"
     return start
 
 
-ARMS = {"grpo": "--method grpo", "rlsd, λ=0.9": "--method rlsd --lam 0.9"}
+ARMS = {"opsd": "--method opsd", "rlsd, λ=0.9": "--method rlsd --lam 0.9"}
 
 
 def test_all_arms_and_seeds_end_in_one_file_and_are_not_run_twice(tiny, monkeypatch, capsys):
     tiny(**ARMS)
     path = tiny.out / "results" / "tiny.csv"
     results, text = figures.read_results(path), path.read_bytes()
-    assert list(results) == ["grpo", "rlsd, λ=0.9"]
+    assert list(results) == ["opsd", "rlsd, λ=0.9"]
     for seeds in results.values():
         assert [[row["step"] for row in rows] for rows in seeds] == [[0, 2, 4]] * 2
         assert seeds[0] != seeds[1]
-    assert results["grpo"][0][0]["kl"] == results["rlsd, λ=0.9"][0][0]["kl"]  # the same warm start, trained once
+    assert results["opsd"][0][0]["kl"] == results["rlsd, λ=0.9"][0][0]["kl"]  # the same warm start, trained once
     assert len([*(tiny.out / "warm_starts").glob("*.pt")]) == 2
     said = capsys.readouterr().out
     assert "4 of 4 runs to make" in said and all(f"\n{n}/4  tiny: " in said and "ETA" in said for n in range(1, 5))
 
-    (folder,) = (tiny.out / "tiny" / "grpo").glob("*seed0*")
+    (folder,) = (tiny.out / "tiny" / "opsd").glob("*seed0*")
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         norms = [float(row["grad_norm"]) for row in csv.DictReader(file) if row["grad_norm"]]
+    assert len({*norms, 0.0}) == 5
     want = [sum(norms[:2]) / 2, sum(norms[2:]) / 2]  # of the updates between two evaluations
-    assert [row["grad_norm"] for row in results["grpo"][0][:2]] == pytest.approx(want, rel=1e-4)
+    assert [row["grad_norm"] for row in results["opsd"][0][:2]] == pytest.approx(want, rel=1e-4)
     with open(tiny.out / "results" / "provenance.csv", encoding="utf-8") as file:
         (note,) = csv.DictReader(file)
     assert note["experiment"] == "tiny" and note["threads"] == "1" and all(note.values())
 
     path.unlink()
-    monkeypatch.setattr(reproduce, "execute", None)
-    tiny(**ARMS)
+    with monkeypatch.context() as patched:
+        patched.setattr(reproduce, "execute", None)
+        tiny(**ARMS)
     assert path.read_bytes() == text
+
+    (folder / "provenance.json").unlink()  # as if it had been stopped before its last line: it goes on, to the same
+    tiny(**ARMS)
+    assert "1 of 4 runs to make" in capsys.readouterr().out
+    untimed = lambda rows: [{**row, "seconds": 0} for row in rows]
+    again = figures.read_results(path)
+    assert all(untimed(again[arm][n]) == untimed(results[arm][n]) for arm in ARMS for n in (0, 1))
+
+    monkeypatch.setitem(reproduce.EXPERIMENTS, "other", reproduce.EXPERIMENTS["tiny"])
+    for name in ("other", "tiny", "other"):  # each has one file and one row, whichever was made last
+        reproduce.write(path.parent, name, reproduce.plan("tiny", tiny.out, quick=True))
+    assert [row["experiment"] for row in reproduce.read(path.with_name("provenance.csv"))] == ["tiny", "other"]
+    assert sorted(path.name for path in path.parent.iterdir()) == ["other.csv", "provenance.csv", "tiny.csv"]
 
 
 def test_a_folder_of_another_run_a_refused_one_and_a_diverging_one(tiny):
@@ -92,10 +177,12 @@ def test_a_folder_of_another_run_a_refused_one_and_a_diverging_one(tiny):
 
 
 def test_without_links_or_with_no_jobs(tiny, monkeypatch, capsys):
-    """Windows lets few users make links: every arm has warm starts of its own there."""
+    """Windows lets few users make links: every arm has warm starts of its own there. With real processes, for once."""
+    monkeypatch.setattr(reproduce, "ProcessPoolExecutor", ProcessPoolExecutor)
     monkeypatch.setattr(Path, "symlink_to", lambda *_: (_ for _ in ()).throw(OSError("privilege")))
     tiny(f"{TINY} --steps 1", grpo="--method grpo")
     assert len([*tiny.out.glob("tiny/grpo/warm_starts/*.pt")]) == 2
+    assert reproduce.read(tiny.out / "results" / "provenance.csv")[0]["threads"] == "1"
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--jobs", "0"])
     with pytest.raises(SystemExit) as end:
         tiny(grpo="--method grpo")
