@@ -68,12 +68,6 @@ def exact(b: Judged) -> Tensor:
     return _scaled(values(b.student, b.problems, b.rollout), b.rate)
 
 
-def monte_carlo(b: Judged, samples: int) -> Tensor:
-    """The same with V from `samples` continuations of every prefix (VinePPO, arXiv 2410.01679)."""
-    V, _ = credit.monte_carlo_values(b.student, b.problems, b.rollout, samples, b.generator, sure=0.9)
-    return _scaled(V, b.rate)
-
-
 def running(b: Judged) -> Tensor:
     """The same with OPPO's running V, of the self-teacher's evidence."""
     log_w = torch.where(b.rollout.mask, b.teacher_logp - b.student_logp, 0.0)
@@ -116,7 +110,6 @@ def dealt_anew(b: Judged) -> Tensor:
 
 ARMS: dict[str, Callable[[Judged], Tensor]] = {
     "exact A": exact,
-    "A by four continuations": partial(monte_carlo, samples=4),
     "blame on the first mistake": first_mistake,
     "ideal teacher, λ=½, ε_w=0.2": partial(ideal, lam=0.5, eps_w=0.2),
     "ideal teacher, λ=1, ε_w=1": partial(ideal, lam=1.0, eps_w=1.0),

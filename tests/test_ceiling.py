@@ -101,15 +101,6 @@ def test_the_other_arms_by_their_definitions(judged):
     torch.testing.assert_close(total, log_odds.sigmoid() - judged.rate)
 
 
-def test_monte_carlo_credit_is_that_of_its_values(judged, monkeypatch):
-    V, asked = torch.rand(16, judged.rollout.mask.shape[1] + 1), []
-    monkeypatch.setattr(credit, "monte_carlo_values", lambda *a, **k: (asked.append((a, k)), (V, None))[1])
-    got = ceiling.monte_carlo(judged, 4)
-    torch.testing.assert_close(got * (judged.rate * (1 - judged.rate)).sqrt()[:, None], V.diff())
-    ((model, problems, rollout, samples, _), _) = asked[0]
-    assert (model, problems, rollout, samples) == (judged.student, judged.problems, judged.rollout, 4)
-
-
 @pytest.mark.parametrize(
     "method,arm", [("grpo", lambda b: b.A[:, None]), ("rlsd", lambda b: rlsd.advantage(*b.evidence, 0.5, 0.2))]
 )
