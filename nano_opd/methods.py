@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nano_opd import divergences, gkd, grpo, opd, opdplus, policy_gradient, rlsd
+from nano_opd import divergences, gkd, grpo, opd, opdplus, policy_gradient, rlsd, topk
 from nano_opd.evaluate import reasoning_span
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # the scalar to differentiate, and what was measured on the way
@@ -43,12 +43,19 @@ def sft_loss(s: Scored) -> Loss:
     return policy_gradient.loss(s.student_logp, torch.ones_like(s.student_logp), s.mask), {}
 
 
+def null_loss(s: Scored, normalize) -> Loss:
+    """The control of 2608.31046: no teacher, the same blame for every token. The mean gradient is 0; noise is left."""
+    return policy_gradient.loss(s.student_logp, -torch.ones_like(s.student_logp), s.mask, normalize), {}
+
+
 def gkd_loss(s: Scored, divergence) -> Loss:
     """The divergence over the whole vocabulary at each prefix. OPSD is the same with a self-teacher (opsd.py)."""
     return gkd.loss(s.student_logits, s.teacher_logits, s.mask, divergences.get(divergence)), {}
 
 
-def distillation_loss(estimator: ModuleType, s: Scored, divergence, gamma, variance, log_u_clip, normalize) -> Loss:
+def distillation_loss(
+    estimator: ModuleType, s: Scored, divergence, gamma, variance, top_k, log_u_clip, normalize
+) -> Loss:
     """OPD or OPD+, which differ only in the estimator, the file that says what A_n is: opd.py or opdplus.py."""
     f, measured = divergences.get(divergence), {}
     if variance == "full":  # the mean of the estimator over the sampled token, in closed form
@@ -57,6 +64,10 @@ def distillation_loss(estimator: ModuleType, s: Scored, divergence, gamma, varia
     if log_u_clip > 0:
         measured["clip_fraction"] = (log_u.abs() > log_u_clip)[s.mask].float().mean()
         f = divergences.clipped(f, log_u_clip)  # for the baseline too, or it would undo the clip
+    if variance == "topk":
+        A = f.unbiased if estimator is opdplus else f.stop_gradient
+        logits = s.student_logits, s.teacher_logits
+        return topk.loss(*logits, s.tokens, s.mask, A, top_k, normalize), measured
     baseline = None
     if variance == "baseline":
         logits = [torch.where(s.mask.unsqueeze(-1), x, 0.0) for x in (s.student_logits, s.teacher_logits)]
@@ -108,7 +119,7 @@ class Method:
     teacher: str | None = None  # "larger", another model; "self", the same weights with a reference in the prompt
     rewards: bool = False  # whether a verifier judges the responses, G of them to each prompt
     samples: bool = True  # False: the responses are worked solutions
-    whole_vocabulary: bool = False  # whether logits are compared; OPD and OPD+ do so for --variance baseline and full
+    whole_vocabulary: bool = False  # whether logits are compared; OPD and OPD+ do so unless --variance is sampled
     recipe: dict = field(default_factory=dict)  # defaults of its own, by the names of options
 
     @property
@@ -127,6 +138,7 @@ class Method:
 CAREFUL = {"batch_size": 64, "student_steps": 210, "lr": 4e-4}
 METHODS = {
     "sft": Method(sft_loss, samples=False),
+    "null": Method(null_loss),
     "gkd": Method(gkd_loss, teacher="larger", whole_vocabulary=True),
     "opd": Method(partial(distillation_loss, opd), teacher="larger"),
     "opdplus": Method(partial(distillation_loss, opdplus), teacher="larger"),

@@ -114,6 +114,7 @@ EXPERIMENTS = {
         seeds=5,
         seconds=62,
     ),
+    "topk": Experiment(EVALUATION, arm("opdplus", "jsd", "topk") | {"null": "--method null"}, seeds=5, seconds=70),
     "gamma": Experiment(  # γ = 0 is in opd
         EVALUATION + " --variance sampled",
         {f"opdplus, jsd, γ={gamma}": f"--method opdplus --gamma {gamma}" for gamma in ("0.5", "1")}
@@ -187,6 +188,18 @@ EXPERIMENTS = {
     "rate_near": Experiment(SHORT, rates(("opd",), DIVERGENCES[1:3], "--student-steps 300", ", near"), 3, 25),
     # What perfect credit would bring; grpo, rlsd and their other clips, with the same start, are in rlsd and rlsd_clip.
     "credit": Experiment(EVALUATION, dict.fromkeys(ceiling.ARMS, "--method rlsd"), seeds=5, seconds=75),
+    # The same where right answers are rare, on fresh seeds: there the enumeration says that credit is worth most.
+    "credit_rare": Experiment(
+        "--student-steps 120 --steps 1200 --eval-every 100 --eval-size 250",
+        {
+            "exact A from 120": "--method rlsd",
+            "grpo from 120": "--method grpo",
+            "rlsd, λ=1, ε_w=1 from 120": "--method rlsd --lam 1 --eps-w 1",
+        },
+        seeds=8,
+        seconds=200,
+        first_seed=5,
+    ),
     "rlsd_confirm": Experiment(  # what the search found most, on seeds that had no part in finding it
         EVALUATION,
         {"grpo, fresh seeds": "--method grpo", "rlsd, sync 50, fresh seeds": "--method rlsd --teacher-sync 50"},

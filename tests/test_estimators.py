@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nano_opd import divergences, gkd, opd, opdplus, policy_gradient
+from nano_opd import divergences, gkd, opd, opdplus, policy_gradient, topk
 
 NAMES = [*divergences.DIVERGENCES, "alpha=0.5"]
 
@@ -69,9 +69,34 @@ def test_advantages_and_baselines_are_detached(method, batch, logits):
 
 def test_the_teacher_is_not_trained(logits):
     """One network may be both (self-distillation): its gradient is the student's alone."""
-    student, teacher = (x.clone().requires_grad_() for x in logits)
-    gkd.loss(student, teacher, torch.ones(6, 5, dtype=torch.bool), divergences.get("jsd")).backward()
-    assert student.grad.norm() > 0 and teacher.grad is None
+    jsd, mask = divergences.get("jsd"), torch.ones(6, 5, dtype=torch.bool)
+    for loss in (
+        lambda p, q: gkd.loss(p, q, mask, jsd),
+        lambda p, q: topk.loss(p, q, mask.long(), mask, jsd.unbiased, 2),
+    ):
+        student, teacher = (x.clone().requires_grad_() for x in logits)
+        loss(student, teacher).backward()
+        assert student.grad.norm() > 0 and teacher.grad is None
+
+
+def test_what_a_top_k_is_not_given_is_refused_and_nothing_behind_the_mask_reaches_it(logits):
+    mask = torch.arange(5) < torch.tensor([[5], [4], [3], [2], [1], [0]])
+    tokens, A = torch.zeros(6, 5, dtype=torch.long), divergences.get("jsd").unbiased
+    gradients = []
+    for behind in (0.0, torch.nan):
+        student, teacher = (x.where(mask.unsqueeze(-1), behind).requires_grad_() for x in logits)
+        topk.loss(student, teacher, tokens, mask, A, 2).backward()
+        gradients.append(student.grad)
+    assert torch.equal(*gradients) and (gradients[0] != 0).any(-1).sum() == mask.sum()
+    for wrong, match in (
+        ({"k": -1}, "must not be negative"),
+        ({"tokens": tokens[:, :4]}, "shapes"),
+        ({"mask": mask.float()}, "bool"),
+        ({"teacher_logits": logits[1][..., :2]}, "shapes"),
+    ):
+        given = dict(student_logits=logits[0], teacher_logits=logits[1], tokens=tokens, mask=mask, advantage=A, k=2)
+        with pytest.raises(ValueError, match=match):
+            topk.loss(**given | wrong)
 
 
 @pytest.mark.parametrize("name", NAMES)

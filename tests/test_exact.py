@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from nano_opd import divergences, exact, gkd, opd, opdplus, policy_gradient
+from nano_opd import divergences, exact, gkd, opd, opdplus, policy_gradient, topk
 from nano_opd.divergences import Divergence
 from nano_opd.exact import World
 from nano_opd.gpt import GPT, GPTConfig
@@ -554,6 +554,44 @@ def test_a_table_is_quietest_with_the_full_vocabulary(name, ends, fixed):
     one_token = World.of(exact.random_tabular(V, 1, 0), exact.random_tabular(V, 1, 1), V, 1)
     full = exact.moments(one_token, lambda tokens, mask, p, q: gkd.loss(p, q, mask, d))
     assert abs(full.variance) < 1e-12 * full.mean.square().sum()  # no prefix to sample, and no action
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_top_k_with_a_sampled_tail_has_the_expectation_of_the_sample(name, world):
+    d = divergences.get(name)
+    for estimator, A in ((opd, d.stop_gradient), (opdplus, d.unbiased)):
+        sampled = exact.moments(world, exact.sampled(lambda log_u, mask, *_, e=estimator: e.advantage(log_u, mask, d)))
+        got = exact.moments(world, lambda tokens, mask, p, q, A=A: topk.loss(p, q, tokens, mask, A, 2))
+        assert equal(got.mean, sampled.mean)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_ends_and_the_variance_of_a_top_k(name):
+    """k = 0 is the sample, k = V the whole vocabulary, and between them the variance moves as topk.py says."""
+    d, world = divergences.get(name), World.of(exact.random_tabular(V, 1, 0), exact.random_tabular(V, 1, 1), V, 1)
+    top = [
+        exact.moments(world, lambda tokens, mask, p, q, k=k: topk.loss(p, q, tokens, mask, d.unbiased, k))
+        for k in range(V + 2)
+    ]
+    sampled = exact.moments(world, exact.sampled(unbiased(d)))
+    assert top[0].variance.item() == pytest.approx(sampled.variance.item())
+    for m in top[V:]:
+        assert equal(m.mean, sampled.mean) and abs(m.variance) < 1e-12
+    p, q = world.theta[0].softmax(-1), world.teacher_logits[0, 0].softmax(-1)
+    g = d.unbiased((q / p).log())[:, None] * (torch.eye(V) - p)  # A ∇log p in the logits, one token a row
+    for k in range(V + 1):
+        inside = torch.zeros(V).index_fill(0, q.topk(k).indices, 1.0).bool()
+        change = -(p * g.square().sum(1))[inside].sum() + (p @ g).square().sum()
+        change = change - (p[~inside] @ g[~inside]).square().sum()
+        assert (top[k].variance - top[0].variance).item() == pytest.approx(change.item(), abs=1e-10)
+
+
+def test_summing_over_a_top_k_may_add_variance():
+    """In this world under Jensen–Shannon one token makes it noisier, and two make it quieter."""
+    d, world = divergences.get("jsd"), WORLDS["tabular, eos"]
+    top = lambda k: exact.moments(world, lambda tokens, mask, p, q: topk.loss(p, q, tokens, mask, d.unbiased, k))
+    none, one, two = (top(k).variance for k in (0, 1, 2))
+    assert two < none < one
 
 
 def test_the_exact_baseline_need_not_be_quieter():

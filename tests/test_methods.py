@@ -41,11 +41,13 @@ RIGHT = (0, 3, 9, 12, 13, 15)  # of 16 responses these are worked solutions: non
 
 KNOBS = [
     {"method": "sft"},
+    {"method": "null"},
     {"method": "gkd"},
-    *({"method": m, "variance": v} for m in ("opd", "opdplus") for v in ("sampled", "baseline", "full")),
+    *({"method": m, "variance": v} for m in ("opd", "opdplus") for v in ("sampled", "baseline", "topk", "full")),
     *({"method": m, "gamma": g} for m in ("opd", "opdplus") for g in (0.5, 1.0)),
     {"method": "opdplus", "log_u_clip": 0.3},
     {"method": "opdplus", "log_u_clip": 0.3, "variance": "baseline"},
+    {"method": "opd", "log_u_clip": 0.3, "variance": "topk", "top_k": 2, "normalize": "sequence_mean"},
     *({"method": m, "normalize": n} for m in ("opd", "grpo") for n in ("token_mean", "sequence_mean")),
     *({"method": "grpo", "epochs": 2, "loss_type": t} for t in ("grpo", "dr_grpo")),
     {"method": "grpo", "epochs": 3, "clip_low": 0.02, "clip_high": 0.3},
@@ -184,6 +186,8 @@ def by_hand(cfg, student, teacher, rows, old):
         total = 0.0
         if cfg.method == "sft":
             total = -sum(p[n, v].log() for n, v in enumerate(y))
+        if cfg.method == "null":
+            total = sum(p[n, v].log() for n, v in enumerate(y))
         if distils:
             minus_f, _ = TABLE[cfg.divergence]
             total = total - (p * minus_f(q / p)).sum()
@@ -210,6 +214,11 @@ def distillation(cfg, p, q, y):
         mean = (p[n] * own(u[n])).sum().detach()
         if cfg.variance == "full":
             total = total - (p[n] * own(u[n])).sum()  # Σ_v p_v A_v ∇log p_v = Σ_v A_v ∇p_v
+            continue
+        if cfg.variance == "topk":
+            top = q[n].argsort(descending=True)[: cfg.top_k].tolist()
+            total = total - sum(p[n, t].item() * own(u[n, t]) * p[n, t].log() for t in top)
+            total = total - (0.0 if v in top else own(u[n, v]) * p[n, v].log())
             continue
         A = own(u[n, v]) - (mean if cfg.variance == "baseline" else 0.0)
         A = A + sum(cfg.gamma ** (m - n) * minus_f(u[m, y[m]]) for m in range(n + 1, len(y)))
@@ -374,7 +383,7 @@ def test_what_stands_after_the_eos_has_no_baseline():
     for p, q in ((student, teacher), logits):
         logp = torch.zeros(1, 3, requires_grad=True)
         scored = Scored(torch.zeros(1, 3).long(), mask, logp, logp.detach(), torch.ones(1, 3), p, q)
-        options = dict(divergence="jsd", gamma=0.0, variance="baseline", log_u_clip=0.0, normalize="batch")
+        options = dict(divergence="jsd", gamma=0.0, variance="baseline", top_k=4, log_u_clip=0.0, normalize="batch")
         gradients += torch.autograd.grad(METHODS["opdplus"].loss(scored, **options)[0], logp)
     assert torch.equal(*gradients) and gradients[0].isfinite().all()
 
@@ -392,7 +401,9 @@ def test_a_clip_bounds_the_advantage_with_a_baseline_too():
         p[None, None],
         q[None, None],
     )
-    options = dict(divergence="pearson_chi2", gamma=0.0, variance="baseline", log_u_clip=1.0, normalize="batch")
+    options = dict(
+        divergence="pearson_chi2", gamma=0.0, variance="baseline", top_k=4, log_u_clip=1.0, normalize="batch"
+    )
     (minus_A,) = torch.autograd.grad(METHODS["opdplus"].loss(scored, **options)[0], logp)
     assert abs(minus_A.item()) < 2 * (math.e**2 - 1)
 

@@ -61,6 +61,15 @@ MUTATIONS = {
         (".sum() / len(mask)", ".mean()", "estimators: gkd_value"),
         ("student_logits.masked_fill(behind, 0.0)", "student_logits", "exact: baseline_and_full"),
     ],
+    "topk.py": [
+        ("teacher_logits.detach()", "teacher_logits", "estimators: teacher_is_not_trained"),
+        ("p = student_logp.detach().exp()", "p = student_logp.exp()", "exact: top_k"),
+        ("(teacher_logp - student_logp.detach())", "(teacher_logp - student_logp)", "exact: top_k"),
+        ("teacher_logp.topk(", "student_logp.topk(", "methods: distillation"),
+        ("torch.where(top == 1, p, sampled)", "torch.where(top == 1, p, 0.0)", "exact: top_k"),
+        ("torch.where(top == 1, p, sampled)", "top * p + sampled", "exact: top_k"),
+        ("student_logits.masked_fill(behind, 0.0)", "student_logits", "estimators: top_k"),
+    ],
     "policy_gradient.py": [
         ("reduce(-advantage * logp", "reduce(advantage * logp", "estimators: grad_logp"),
         ("torch.where(mask, terms, 0.0)", "terms * mask", "estimators: longer_cap"),

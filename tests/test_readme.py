@@ -114,7 +114,7 @@ for a, b in ((457, 68), (999, 999), (0, 7)):
 logp, mask = -torch.rand(4, 3, dtype=torch.float64), torch.arange(3) < torch.tensor([[3], [2], [1], [3]])
 logp.requires_grad_()
 scored = Scored(mask.long(), mask, logp, logp.detach(), -torch.rand(4, 3, dtype=torch.float64))
-plain = dict(divergence="tv", gamma=0.0, variance="sampled", log_u_clip=0.0, normalize="batch")
+plain = dict(divergence="tv", gamma=0.0, variance="sampled", top_k=4, log_u_clip=0.0, normalize="batch")
 of = lambda method, **options: torch.autograd.grad(METHODS[method].loss(scored, **options)[0], logp)[0]
 torch.testing.assert_close(of("sign", normalize="batch"), 2 * of("opdplus", **plain))
 

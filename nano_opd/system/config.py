@@ -46,10 +46,11 @@ class Config:
     gamma: float = option(0.0, "γ, discount of the rewards still to come", low=0.0, high=1.0)
     variance: str = option(
         "sampled",
-        "A_n of the sampled token; A_n minus its exact mean over the vocabulary (baseline); or, without sampling the "
-        "token, the gradient of the whole vocabulary (full)",
-        choices=("sampled", "baseline", "full"),
+        "A_n of the sampled token; A_n minus its exact mean over the vocabulary (baseline); the mean over the "
+        "teacher's top k, and the sampled token if it is none of them (topk); or over the whole vocabulary (full)",
+        choices=("sampled", "baseline", "topk", "full"),
     )
+    top_k: int = option(4, "k of --variance topk", low=1)
     normalize: str = option(
         "batch", "divisor of the loss: B, or a biased mean", choices=("batch", "token_mean", "sequence_mean")
     )
@@ -124,10 +125,10 @@ class Config:
         divergences.get(self.divergence)
         if self.digits == 1:
             raise ValueError("--digits 1: a problem is one column, so no held-out one is ever taught; give 2 or more")
-        if self.variance == "full" and "variance" in METHODS[self.method].options:
+        if self.variance in ("topk", "full") and "variance" in METHODS[self.method].options:
             if self.gamma > 0:
-                raise ValueError(f"--gamma {self.gamma} sums what was sampled: leave --variance full out")
-            if self.normalize != "batch" or self.log_u_clip > 0:
+                raise ValueError(f"--gamma {self.gamma} sums what was sampled: leave --variance {self.variance} out")
+            if self.variance == "full" and (self.normalize != "batch" or self.log_u_clip > 0):
                 raise ValueError("--normalize and --log-u-clip have no meaning with --variance full: leave them out")
         N, G = distributed.world_size(), self.copies
         if self.batch_size % (N * G):

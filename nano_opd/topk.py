@@ -1,0 +1,59 @@
+"""The top k and a sampled tail: what one can do about the noise of a sampled token where the vocabulary is large.
+
+A teacher of 50,000 words is read through a server that returns the log-probs of its k likeliest tokens, and of the
+sampled one. Over the k the mean is taken, and only what lies outside is left to the sample:
+
+    loss = −(1/B) Σ_b Σ_n [ Σ_{v ∈ top k} p_v A(u_v) log p_v  +  1[y_n ∉ top k] A(u_{y_n}) log p_{y_n} ]
+
+with p_v A constant. The expected gradient is E_{v∼p}[A(u_v) ∇log p_v] for every k: that of the sampled token at k = 0,
+and of the whole vocabulary at k = V. To leave the tail out, as many trainers do, is another objective (notebook 05).
+
+With g = A ∇log p, summing over the k changes the variance by −E[|g|², y in top k] + |E g|² − |E[g, y outside]|². So it
+falls where noise is larger than signal, and may rise where it is not.
+
+Derived here.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nano_opd.policy_gradient import reduce
+from nano_opd.system.checks import require_batch, require_same_shape
+
+
+def loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    advantage: Callable[[Tensor], Tensor],
+    k: int,
+    normalize: str = "batch",
+) -> Tensor:
+    """The loss above, a scalar.
+
+    student_logits, teacher_logits  (B, R, V), the first differentiable
+    tokens     (B, R) int64, the sampled y_n
+    mask       (B, R) bool
+    advantage  A of log u in nats, element by element
+    k          how many of the teacher's likeliest tokens; all of them from V on
+    normalize  as in policy_gradient.loss
+
+    Raises ValueError for k < 0, shapes that do not match or a mask that is not bool.
+    """
+    if k < 0:
+        raise ValueError(f"k must not be negative, but it is {k}")
+    require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    require_batch(mask, student_logits=student_logits[..., 0])
+    require_same_shape(tokens=tokens, mask=mask)
+    behind = ~mask.unsqueeze(-1)  # equal there, so that no NaN comes into the gradient
+    student_logp = student_logits.masked_fill(behind, 0.0).log_softmax(-1)
+    teacher_logp = teacher_logits.detach().masked_fill(behind, 0.0).log_softmax(-1)  # drops nothing: it is not trained
+    p = student_logp.detach().exp()  # drops ∇p A: the mean of A ∇log p is wanted, not the gradient of the mean of A
+    A = advantage(teacher_logp - student_logp.detach())  # drops p ∇A, as policy_gradient.loss does
+    top = torch.zeros_like(p).scatter(-1, teacher_logp.topk(min(k, p.shape[-1])).indices, 1.0)
+    sampled = torch.zeros_like(p).scatter(-1, tokens.unsqueeze(-1), 1.0)
+    weight = torch.where(top == 1, p, sampled)  # of each token in the sum over the vocabulary
+    return reduce(-torch.where(weight > 0, weight * A * student_logp, 0.0).sum(-1), mask, normalize)
