@@ -47,11 +47,12 @@ def norm(x: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q kᵀ / √D + mask) v, (B, H, T, D): q (B, H, T, D), k and v (B, H, S, D), mask (T, S) 0 or −∞, causal.
 
-    Three ways, by speed: flash attention for many queries, which never builds the (T, S) scores; two products for few,
-    the first by baddbmm; for one query under torch.compile, products that become a loop over the keys.
+    Three ways, by speed: flash attention for many queries, which never builds the (T, S) scores, and on a GPU for more
+    than one; two products for few, the first by baddbmm; for one query under torch.compile, products that become a loop
+    over the keys.
     """
     B, H, T, D = q.shape
-    if T > 64:
+    if T > (1 if q.is_cuda else 64):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     if T == 1 and torch.compiler.is_compiling():  # baddbmm would not become a loop

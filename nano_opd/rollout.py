@@ -81,8 +81,11 @@ def choose(log_probs: Tensor, uniform: Tensor, greedy: bool) -> Tensor:
     if greedy:
         return log_probs.argmax(-1, keepdim=True)
     cdf = log_probs.exp().cumsum(-1)  # (B, V)
-    token = torch.searchsorted(cdf, (1 - uniform) * cdf[:, -1:])  # never of probability 0, since 1 − uniform > 0
-    return token.clamp_(max=log_probs.shape[-1] - 1)  # NaN has no place in the order; `sample` reports it
+    token = torch.searchsorted(cdf, (1 - uniform) * cdf[:, -1:])  # never of probability 0, since 1 − uniform > 0, …
+    token = token.clamp_(max=log_probs.shape[-1] - 1)  # NaN has no place in the order; `sample` reports it
+    # … but where a device adds up in another order, cdf can rise in its last digit at a token of probability 0.
+    drawn = log_probs.gather(-1, token).exp() > 0
+    return torch.where(drawn, token, log_probs.argmax(-1, keepdim=True))
 
 
 def response_logits(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:

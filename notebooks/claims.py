@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import ceiling
 import figures
 import reproduce
 from seeds import equivalence_p, holm, mean_interval, paired_p
@@ -171,6 +172,9 @@ CLAIMS = {
             Claim(f"{name}, full vocabulary, no action noise: OPD+ ends above OPD", *pair(name, "full")[::-1], +1)
             for name in ("forward_kl", "jsd")
         ),
+        Claim("the control without a teacher, all noise: it falls below its start", "null", "@ start", -1),
+        Claim("JSD: a top k of 4 and a sampled tail end above the sampled token", "opdplus, jsd, topk", JSD[1], +1),
+        Claim("JSD: they lower the gradient norm", "opdplus, jsd, topk", JSD[1], -1, "", "grad_norm"),
         Claim("JSD: the exact baseline lowers the gradient norm", BASELINE, JSD[1], -1, "", "grad_norm"),
         Claim("γ = 1, reverse KL: the correction changes nothing", *pair("reverse_kl", "γ=1")[::-1], 0),
         Claim("γ = ½ costs accuracy against γ = 0", "opdplus, jsd, γ=0.5", JSD[1], -1),
@@ -181,6 +185,19 @@ CLAIMS = {
         *(Claim(name, f"rlsd, {name}", "grpo", +1) for name in reproduce.RLSD_ONLY),
         *(Claim(name, name, "grpo", +1) for name in reproduce.EXPERIMENTS["rlsd_clip"].arms),
         Claim("λ=1, ε_w=10, worked reference", "λ=1, ε_w=10, work", "grpo", +1),
+    ],
+    # what an oracle's credit brings: the arm − GRPO with the same rollouts, and the floor
+    "credit": [
+        *(Claim(name, name, "grpo", +1) for name in ceiling.ARMS),
+        Claim("exact A, mean over training", "exact A @ training", "grpo @ training", +1),
+        Claim("RLSD's weights − the same weights dealt anew", "rlsd", "weights dealt anew", +1),
+    ],
+    # the same from a start that is right in about one answer of twenty, on fresh seeds
+    "rare": [
+        Claim("exact A − GRPO", "exact A from 120", "grpo from 120", +1),
+        Claim("RLSD − GRPO", "rlsd, λ=1, ε_w=1 from 120", "grpo from 120", +1),
+        Claim("RLSD − exact A", "rlsd, λ=1, ε_w=1 from 120", "exact A from 120", -1),
+        Claim("GRPO − its start", "grpo from 120", "@ start", +1),
     ],
     # the largest of them, tested once on seeds that had no part in finding it
     "confirm": [Claim("sync 50, fresh seeds", "rlsd, sync 50, fresh seeds", "grpo, fresh seeds", +1)],

@@ -53,6 +53,7 @@ BARE = {
     "gkd": "opdplus, jsd, full",
     "opd": JSD[0],
     "opdplus": JSD[1],
+    "null": "null",
     **{m: m for m in ("grpo", "opsd", "grpo+opsd", "rlsd")},
 }
 

@@ -1,8 +1,10 @@
 """The bench times what it says it times; how long anything takes is not tested."""
 
+import copy
 import json
 
 import bench
+import check_gpu
 import numpy as np
 import pytest
 import torch
@@ -118,3 +120,60 @@ def test_a_file_that_holds_no_tables_is_left_alone(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(["--json", str(path)])
     assert stopped.value.code == 2 and "b.json" in capsys.readouterr().err and path.read_text(encoding="utf-8") == "{"
+
+
+def failed(rows):
+    return [row["check"] for row in rows if row["as it should be"] != "True"]
+
+
+def test_the_check_of_a_gpu_finds_another_gradient_and_stale_weights(monkeypatch):
+    """On a CPU, which agrees with itself."""
+    monkeypatch.setattr(check_gpu, "METHODS", ["grpo"])
+    want = check_gpu.gradient
+    rows = [*check_gpu.updates(CPU, torch.float32), *check_gpu.samples(CPU, torch.float32)]
+    assert len(rows) == 4 + 4 and not failed(rows)
+    assert want(check_gpu.config.parse(["--method", "grpo", "--batch-size", "32"]), torch.float32, CPU).norm() > 0
+
+    times = iter((1, 1.1))
+    monkeypatch.setattr(check_gpu, "METHODS", [])
+    monkeypatch.setattr(check_gpu, "gradient", lambda *given: want(*given) * next(times))
+    assert failed([next(check_gpu.updates(CPU, torch.float32))]) == ["gradient, --variance baseline, torch.float32"]
+    kept = []
+
+    def stale(student, *rest):
+        kept.append(copy.deepcopy(student))
+        return check_gpu.rollout.sample(kept[0], *rest)
+
+    monkeypatch.setattr(check_gpu, "sampler", lambda device: stale)
+    found = failed(check_gpu.samples(CPU, torch.float32))
+    assert len(found) == 2 and all("second weights" in check for check in found)
+
+
+def test_the_check_of_a_gpu_runs_every_path_and_goes_on_where_one_ends(monkeypatch, tmp_path, capsys):
+    commands = []
+
+    def main(command):
+        cfg = check_gpu.config.parse(command)
+        commands.append((cfg.method, cfg.compile, cfg.dtype, cfg.resume))
+        if cfg.dtype == "bfloat16":
+            raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(check_gpu.train, "main", main)
+    monkeypatch.setattr(check_gpu, "has_compiler", lambda device: False)
+    rows = [*check_gpu.runs(CPU, str(tmp_path))]
+    assert failed(rows) == ["train.py --dtype bfloat16 --batch-size 32: RuntimeError: no kernel "]
+    assert {method for method, *_ in commands} == set(check_gpu.METHODS) and len(rows) == len(check_gpu.METHODS) + 3
+    assert len(commands) == 2 * len(rows) - 1 and ("opdplus", "off", "auto", True) in commands
+
+    for name, made in (("updates", []), ("samples", []), ("runs", rows)):
+        monkeypatch.setattr(check_gpu, name, lambda *_, made=made: made)
+    monkeypatch.setattr(check_gpu, "measure", lambda *_, **__: ([{"phase": "step", "ms": 1.5}], None))
+    with pytest.raises(SystemExit, match="1"):
+        check_gpu.main(["--device", "cpu", "--file", str(tmp_path / "check.json")])
+    report = json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))
+    assert len(report["checks"]) == len(rows) and report["speed"] == {
+        "2×64, torch.float32": [{"phase": "step", "ms": 1.5}]
+    }
+    assert f"{len(rows) - 1} of {len(rows)} checks passed" in capsys.readouterr().out
+    monkeypatch.setattr(check_gpu, "runs", lambda *_: rows[:-1])
+    check_gpu.main(["--device", "cpu", "--file", str(tmp_path / "check.json")])  # all passed: it returns

@@ -1,10 +1,16 @@
 """The fast sampler draws what the plain one draws, in pieces, compiled or not, and `sampler` chooses between them."""
 
+import contextlib
+import gc
+import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import new_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nano_opd import rollout
 from nano_opd.gpt import GPT, GPTConfig
@@ -130,7 +136,7 @@ def test_what_the_plain_sampler_refuses_the_fast_one_refuses(model, prompts):
         ("cpu", "off", "plain"),
         ("cpu", "auto", "plain"),
         ("cpu", "on", "compiled"),
-        ("cuda", "off", "captured"),
+        ("cuda", "off", "plain"),
         ("cuda", "auto", "captured"),
         ("cuda", "on", "captured"),
         ("mps", "off", "plain"),
@@ -144,6 +150,7 @@ def test_the_sampler_is_the_fastest_for_its_device(where, compile, chosen, monke
     monkeypatch.setattr(fast_rollout, "sample", lambda *given, **named: calls.append((named.pop("new"), given, named)))
     model = GPT(GPTConfig(VOCAB_SIZE, 8))
     sample = sampler(torch.device(where), compile)
+    assert sampler.__defaults__ == ("auto", False)
     for wrapped in (model, torch.compile(model)):
         sample(wrapped, "prompts", 12, "generator", greedy=True)
     for how, given, named in calls:
@@ -153,3 +160,84 @@ def test_the_sampler_is_the_fastest_for_its_device(where, compile, chosen, monke
         else:
             assert how == {"plain": "plain", "captured": fast_rollout._captured}[chosen]
     assert len(calls) == 2
+    calls.clear()
+    sampler(torch.device(where), compile, seldom=True)(model, "prompts", 12)
+    assert calls[0][0] in ("plain", fast_rollout._captured) and (calls[0][0] == "plain") == (chosen != "captured")
+
+
+def test_a_fault_does_not_stay_in_a_kept_cache(prompts, monkeypatch):
+    """After weights that overflow, good ones draw as if nothing had been: 0 · NaN would be NaN in every later score."""
+    model = new_model(P + R)
+    draw = lambda: fast_rollout.sample(model, prompts, R, torch.Generator().manual_seed(1))
+    want = draw()
+    kept = fast_rollout._eager(model, (len(prompts), P, R), False)
+    monkeypatch.setattr(fast_rollout, "_eager", lambda *_: kept)
+    good = model.blocks[0].mlp_out.weight[0, 0].item()
+    with torch.no_grad():
+        model.blocks[0].mlp_out.weight[0, 0] = torch.nan
+        with pytest.raises(NumericalFault):
+            draw()
+        model.blocks[0].mlp_out.weight[0, 0] = good
+    assert any(x.isnan().any() for kv in kept[0].cache for x in kv)
+    require_same(draw(), want)
+
+
+class Recorded(TorchDispatchMode):
+    """In the place of a CUDA graph: what is called while it is captured, and the same again, on the same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        out = function(*arguments, **(named or {}))
+        self.calls.append((function, arguments, named or {}, out))
+        return out
+
+    def replay(self):
+        for function, arguments, named, out in self.calls:
+            with torch.autocast("cpu", enabled=False):  # the casts are among the calls
+                again = function(*arguments, **named)
+            for kept, new in zip(tree_leaves(out), tree_leaves(again)):
+                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """torch.cuda's graphs without a GPU: a capture is a recording, and streams are nothing."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("P,R,precision", [(4, 12, torch.bfloat16), (1, 9, torch.float32), (58, 6, torch.bfloat16)])
+def test_a_captured_rollout_is_replayed_with_other_prompts_draws_and_weights(P, R, precision, recorded):
+    """The same bits as without a graph, through updates of the weights; and only a new size is captured again."""
+    model, prompts = new_model(P + R), new_prompts(20, P)
+    model.precision = precision
+    captured = partial(fast_rollout.sample, new=fast_rollout._captured)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for n in range(3):
+        for greedy in (False, True):
+            streams = (torch.Generator().manual_seed(n) for _ in range(2))
+            ways = fast_rollout.sample, captured
+            # An outer autocast keeps copies of trained weights. None of them may stay in what is captured within it.
+            with torch.autocast("cpu", precision, enabled=n == 0 and precision != torch.float32):
+                want, got = (way(model, (prompts + n) % 10, R, stream, greedy) for way, stream in zip(ways, streams))
+            assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logp, want.logp)
+        assert len(fast_rollout._graphs[model]) == 2
+        optimizer.zero_grad()
+        (-response_logprobs(model, want.tokens, P)[want.mask].mean()).backward()
+        optimizer.step()
+    for size in range(2, 9):
+        captured(model, prompts[:size], R, torch.Generator().manual_seed(0))
+    assert len(fast_rollout._graphs[model]) == fast_rollout.KEPT
+    kept = weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert kept() is None  # and its graphs have gone with it

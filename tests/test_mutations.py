@@ -160,6 +160,7 @@ MUTATIONS = {
         ("slice(P + n - 1, P + n)", "slice(P + n - 2, P + n - 1)", "rollout: full_forward"),
         ("model(prompts[:, :-1], cache)", "pass", "rollout: full_forward"),
         ("(1 - uniform) * cdf", "(1 - uniform**2) * cdf", "rollout: follow_the_model"),
+        (".exp() > 0", ".exp() >= 0", "rollout: probability_zero"),
         ("cache, at)[:, 0].float()", "cache, at)[:, 0].float().mul(2)", "rollout: follow_the_model"),
         ("if greedy:", "if False:", "rollout: likeliest"),
         (
@@ -174,6 +175,11 @@ MUTATIONS = {
         ("slice(n, n + 1) for n in before", "slice(n - 1, n) for n in before", "fast_rollout: give_the_same"),
         ("first == 0 and P > 1", "first < 0", "fast_rollout: give_the_same"),
         ("responses.fill_(PAD)", "pass", "fast_rollout: remembers_nothing"),
+        ("keys_or_values.zero_()", "pass", "fast_rollout: fault_does_not_stay"),
+        ("torch.clear_autocast_cache()", "pass", "fast_rollout: is_replayed"),
+        ("key = (sizes, greedy,", "key = (sizes,", "fast_rollout: is_replayed"),
+        ("if len(of_model) == KEPT:", "if False:", "fast_rollout: is_replayed"),
+        ("state, graphs  # not", "(state, extend), graphs  # not", "fast_rollout: is_replayed"),
     ],
     "system/checks.py": [
         ("if advantage.requires_grad:", "if False:", "estimators: misuse"),

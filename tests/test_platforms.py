@@ -21,7 +21,7 @@ from nano_opd import arithmetic, sft
 from nano_opd.evaluate import evaluate
 from nano_opd.gpt import GPT
 from nano_opd.rollout import response_logprobs
-from nano_opd.system import checkpoint, config, memory
+from nano_opd.system import checkpoint, config, device, memory
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 WINDOWS = ENVIRONMENT | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
@@ -212,3 +212,29 @@ def test_a_device_that_runs_out_of_memory_is_one_sentence(capsys, tmp_path, monk
         with pytest.raises(SystemExit) as end:
             run(tmp_path / error.__name__)
         assert end.value.code == 2 and "out of memory: choose a lower --batch-size" in capsys.readouterr().err
+
+
+def test_bfloat16_is_taken_where_it_is_fast(monkeypatch):
+    cuda, cpu, capability = torch.device("cuda"), torch.device("cpu"), [(8, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of: capability[0])
+    chosen = lambda *given: str(device.precision(*given)).removeprefix("torch.")
+    assert [chosen("auto", cuda, width) for width in (96, 256, 768)] == ["float32", "bfloat16", "bfloat16"]
+    assert chosen("auto", cpu, 768) == "float32" and chosen("bfloat16", cpu, 8) == "bfloat16"
+    assert chosen("float32", cuda, 768) == "float32"
+    capability[0] = (7, 5)  # which emulates it
+    assert chosen("auto", cuda, 768) == "float32" and chosen("bfloat16", cuda, 768) == "bfloat16"
+
+
+def test_compiling_on_a_gpu_needs_triton_and_a_c_compiler(monkeypatch):
+    cuda, there = torch.device("cuda"), {"gcc"}
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr(device.shutil, "which", lambda program: program if program in there else None)
+    monkeypatch.setattr(device.os.path, "exists", lambda path: True)
+    monkeypatch.delenv("CC", raising=False)
+    assert not device.has_compiler(cuda)
+    there.add("triton")
+    assert device.has_compiler(cuda)
+    monkeypatch.setenv("CC", "other")
+    assert not device.has_compiler(cuda)
+    there.add("other")
+    assert device.has_compiler(cuda)

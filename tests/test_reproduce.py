@@ -75,8 +75,10 @@ def test_an_oracle_is_in_the_place_of_the_update(tiny, monkeypatch):
     assert asked == ["exact A", "exact A", "running value", "running value"] * 2 and train.update is update
 
 
-def test_all_of_it_fits_into_five_hours_on_two_cores():
-    assert sum(e.seconds * e.seeds * len(e.arms) for e in reproduce.EXPERIMENTS.values()) < 2 * 5 * 3600
+def test_all_of_it_fits_into_six_hours_on_two_cores_as_its_page_says():
+    hours = sum(e.seconds * e.seeds * len(e.arms) for e in reproduce.EXPERIMENTS.values()) / 2 / 3600
+    page = (reproduce.ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
+    assert 5.25 < hours < 5.75 and "five and a half hours on two cores" in page
 
 
 class Here:

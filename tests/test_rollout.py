@@ -108,6 +108,14 @@ def test_a_token_of_probability_zero_is_never_drawn():
             assert drawn.tolist() == [[token]]
 
 
+def test_a_token_of_probability_zero_is_not_drawn_by_another_order_of_addition(monkeypatch):
+    """A parallel scan may add up one token's prefix in another order than the next one's, and so rise between them."""
+    p, rises = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0]), torch.tensor([[0.0, 0.25, 0.375, 0.875, 1.0]])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda *_: rises)
+    for uniform, token in [(0.05, 3), (0.3, 3), (0.7, 3), (0.8, 1)]:
+        assert choose(p.log()[None], torch.tensor([[uniform]]), greedy=False).tolist() == [[token]]
+
+
 def test_the_two_ways_to_score_are_one(model, rollout):
     logp, nothing = score(model, rollout.tokens, P)
     again, logits = score(model, rollout.tokens, P, whole_vocabulary=True)

@@ -100,10 +100,12 @@ class Config:
 
     device: str = option("auto", "auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:<n> or mps")
     dtype: str = option(
-        "auto", "of products, bfloat16 on a GPU; other numbers are float32", choices=("auto", "float32", "bfloat16")
+        "auto",
+        "of products: auto is bfloat16 on a GPU from width 256 on; the rest is float32",
+        choices=("auto", "float32", "bfloat16"),
     )
     compile: str = option(
-        "auto", "torch.compile, to score and update on a GPU; on: to sample on a CPU too", choices=("auto", "on", "off")
+        "auto", "on: torch.compile; auto: on a GPU CUDA graphs to sample; off: neither", choices=("auto", "on", "off")
     )
     out_dir: str = option("out", "folder of all runs and of the cached warm starts")
     resume: bool = option(False, "continue this run from its last checkpoint, to more --steps if you like")
@@ -246,8 +248,8 @@ def parse(arguments: list[str] | None = None) -> Config:
         where = distributed.own_device(device.resolve(config.device))
     except ValueError as error:
         parser.error(f"--device {error}")
-    if device.compiles(config.compile, where) and not device.has_compiler(where):
-        parser.error("--compile on: needs a C++ compiler and Python's headers, and one is missing; leave it out")
+    if config.compile == "on" and not device.has_compiler(where):
+        parser.error("--compile on: needs a C++ compiler, or Triton and a C compiler on a GPU, and Python's headers")
     if message := memory.shortage(config, where):
         parser.error(message)
     return config

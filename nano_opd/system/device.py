@@ -1,6 +1,7 @@
 """Where a run computes, and how it keeps its memory."""
 
 import ctypes
+import importlib.util
 import os
 import shutil
 import sys
@@ -26,27 +27,23 @@ def resolve(name: str) -> torch.device:
     return device
 
 
-def precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products called `name`; "auto" is bfloat16 on a GPU, and float32 elsewhere.
+def precision(name: str, device: torch.device, width: int) -> torch.dtype:
+    """The dtype of matrix products called `name`; "auto" is bfloat16 for wide models on a GPU, else float32.
 
-    Few CPUs have instructions for bfloat16, and at width 64 those save 15 % of the time.
+    Cards before compute capability 8.0 emulate bfloat16. Few CPUs have instructions for it. And at a small width the
+    casts, which are kernels of their own, cost what the products gain.
     """
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, auto if name == "auto" else name)
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and width >= 256
+    return getattr(torch, ("bfloat16" if fast else "float32") if name == "auto" else name)
 
 
-def compiles(name: str, device: torch.device) -> bool:
-    """Whether --compile `name` asks for torch.compile: "on" does, and "auto" on a GPU.
+def compiled(name: str, model: torch.nn.Module) -> torch.nn.Module:
+    """The model as it is or, under --compile on, through torch.compile.
 
     The operators between two matrix products become one kernel: a step of the default run takes 0.7 of the time on two
     cores. Making the kernels takes 40 s there, which a run of minutes does not earn back.
     """
-    return name == "on" or (name == "auto" and device.type == "cuda")
-
-
-def compiled(name: str, model: torch.nn.Module) -> torch.nn.Module:
-    """The model as it is or, if --compile `name` asks for it, through torch.compile."""
-    if not compiles(name, model.device):
+    if name != "on":
         return model
     if model.device.type == "cpu":
         # Otherwise threads sum the embedding's gradient in varying order, and runs differ in the last bits.
@@ -70,12 +67,18 @@ def any_order() -> Iterator[None]:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether torch.compile can make kernels, for which it needs a C++ compiler on a CPU, and the headers of Python."""
-    program = os.environ.get(
-        "CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    )  # as it looks for one
+    """Whether torch.compile can make kernels: with a C++ compiler on a CPU, with Triton and a C compiler on a GPU.
+
+    Both need the headers of Python. The programs are those that they look for themselves.
+    """
+    if device.type == "cuda":
+        programs = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cl"]
+        ready = importlib.util.find_spec("triton") is not None
+    else:
+        programs = [os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))]
+        ready = True
     header = os.path.join(sysconfig.get_path("include"), "Python.h")
-    return device.type != "cpu" or (shutil.which(program) is not None and os.path.exists(header))
+    return ready and any(map(shutil.which, programs)) and os.path.exists(header)
 
 
 def keep_freed_memory() -> None:

@@ -1,7 +1,7 @@
 """The sampler of rollout.py made fast: the same tokens in fewer launches.
 
     CPU         rollout.sample itself, or, with --compile on, several tokens as one graph of torch.compile
-    CUDA GPU    several tokens as one captured CUDA graph, replayed
+    CUDA GPU    several tokens as one captured CUDA graph, replayed; with --compile off, rollout.sample itself
 
 `sampler` chooses. Both fast ways draw TOKENS_AT_ONCE tokens in one piece, and look for the end of all responses only
 between two pieces. What a response says after its EOS is dropped.
@@ -19,18 +19,21 @@ from nano_opd import rollout
 from nano_opd.gpt import GPT, Cache
 from nano_opd.rollout import Rollout, choose, require_sizes
 from nano_opd.system.checks import require_finite
-from nano_opd.system.device import any_order, compiles
+from nano_opd.system.device import any_order
 from nano_opd.system.distributed import unwrap
 from nano_opd.tokenizer import EOS, PAD
 
 TOKENS_AT_ONCE = 4
 
 
-def sampler(device: torch.device, compile: str = "off") -> Callable[..., Rollout]:
-    """A function like rollout.sample, the fastest for this device and --compile; a replica is sampled as its model."""
-    if device.type == "cuda":
+def sampler(device: torch.device, compile: str = "auto", seldom: bool = False) -> Callable[..., Rollout]:
+    """A function like rollout.sample, the fastest for this device and --compile; a replica is sampled as its model.
+
+    seldom  for evaluation, which does not earn a compilation back
+    """
+    if device.type == "cuda" and compile != "off":
         way = partial(sample, new=_captured)
-    elif device.type == "cpu" and compiles(compile, device):
+    elif device.type == "cpu" and compile == "on" and not seldom:
         way = partial(sample, new=partial(_eager, compiled=True))
     else:
         way = rollout.sample
@@ -47,6 +50,9 @@ def sample(
     responses = state.tokens[:, P:]  # a view: (B, R)
     state.tokens[:, :P] = prompts
     responses.fill_(PAD)
+    for kept in state.cache:  # what a fault left there would be in every later score: NaN · 0 is NaN
+        for keys_or_values in kept:
+            keys_or_values.zero_()
     state.uniform.uniform_(generator=generator)
     for first in range(0, R, TOKENS_AT_ONCE):
         extend(first)
@@ -119,6 +125,7 @@ def _eager(model: GPT, sizes: tuple[int, int, int], greedy: bool, compiled: bool
 
 
 _graphs: WeakKeyDictionary = WeakKeyDictionary()  # model → {what is captured: (state, CUDA graph of each `first`)}
+KEPT = 4  # states of a model: training and evaluation, and the same of one change; the oldest goes
 
 
 def _captured(model: GPT, sizes: tuple[int, int, int], greedy: bool) -> tuple[_State, Callable]:
@@ -130,6 +137,8 @@ def _captured(model: GPT, sizes: tuple[int, int, int], greedy: bool) -> tuple[_S
     of_model = _graphs.setdefault(model, {})
     key = (sizes, greedy, model.precision, model.embedding.weight.data_ptr())
     if key not in of_model:
+        if len(of_model) == KEPT:
+            del of_model[next(iter(of_model))]
         (state, extend), graphs, pieces = _eager(model, sizes, greedy), {}, range(0, sizes[2], TOKENS_AT_ONCE)
         pool = torch.cuda.graph_pool_handle()  # one for all: they run one after the other, and leave nothing in it
         stream = torch.cuda.Stream()
@@ -143,7 +152,7 @@ def _captured(model: GPT, sizes: tuple[int, int, int], greedy: bool) -> tuple[_S
             # The outer autocast keeps its copies of trained weights from one token of a graph to the next. A copy made
             # before the graph would be read, stale, by every replay.
             torch.clear_autocast_cache()
-            lower = torch.autocast("cuda", model.precision, enabled=model.precision != torch.float32)
+            lower = torch.autocast(model.device.type, model.precision, enabled=model.precision != torch.float32)
             with lower, torch.cuda.graph(graphs[first], pool=pool):
                 extend(first)
         of_model[key] = state, graphs  # not `extend`, which would keep the model, and so this entry, forever

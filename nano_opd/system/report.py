@@ -39,7 +39,7 @@ def answers(
     style  what stands in the prompt's slot, if it has one
     """
     prompts = prompts_of(problems, run.device, slots_of(problems, style) if run.cfg.reference_slot else None)
-    rollout = sampler(run.device)(model, prompts, run.cfg.response_cap, generator)
+    rollout = sampler(run.device, run.cfg.compile, seldom=True)(model, prompts, run.cfg.response_cap, generator)
     return rewards(problems, rollout), response_texts(rollout)
 
 

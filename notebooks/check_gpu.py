@@ -1,0 +1,159 @@
+"""Does the fast path of your GPU compute what plain code computes on the CPU? `python notebooks/check_gpu.py`.
+
+About five minutes. One update of every method is compared, sampling with CUDA graphs and without, and short runs of
+train.py go through every path once. Then come the tables of bench.py. All of it is in check.json: please send it in.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from bench import B, P, R, machine, markdown, measure, new_pair
+
+import train
+from nano_opd import arithmetic, rollout
+from nano_opd.gpt import GPT
+from nano_opd.methods import METHODS
+from nano_opd.rollout import Rollout, response_logprobs
+from nano_opd.system import config
+from nano_opd.system.console import accept_any_text
+from nano_opd.system.device import has_compiler, resolve
+from nano_opd.system.fast_rollout import sampler
+from nano_opd.system.streams import draw_batch
+from nano_opd.tokenizer import EOS, PAD, encode
+
+WITHIN = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # relative, of what is the same but for rounding
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def row(what: str, difference: float, within: float) -> dict:
+    """One comparison."""
+    return {"check": what, "difference": difference, "within": within, "as it should be": str(difference <= within)}
+
+
+def models(cfg: config.Config, dtype: torch.dtype) -> tuple[GPT, GPT]:
+    """A student and a teacher with random weights on the CPU, none of them zero as some are before training."""
+    torch.manual_seed(0)
+    made = [GPT(cfg.gpt(who)) for who in ("student", "student" if cfg.reference_slot else "teacher")]
+    for model in made:
+        model.precision = dtype
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=model.config.n_embd**-0.5)
+    return made[0], made[1].requires_grad_(False)
+
+
+def answers(cfg: config.Config, device: torch.device) -> Rollout:
+    """Worked solutions in the place of samples, the same on every device; every other one with a wrong last digit."""
+    problems, prompts, _ = draw_batch(cfg, 0, device)
+    rows = []
+    for n, text in enumerate(map(arithmetic.solution, problems)):
+        text = text if n % 2 else text[:-1] + str((int(text[-1]) + 1) % 10)
+        rows.append((encode(text) + [EOS] + [PAD] * cfg.response_cap)[: cfg.response_cap])
+    responses = torch.tensor(rows, device=device)
+    return Rollout(torch.cat([prompts, responses], 1), prompts.shape[1], responses != PAD, torch.zeros(responses.shape))
+
+
+def gradient(cfg: config.Config, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Of one update of train.py, on that device."""
+    student, teacher = (model.to(device) for model in models(cfg, dtype))
+    train.update(cfg, 0, student, teacher, torch.optim.SGD(student.parameters(), 0.0), lambda *_: answers(cfg, device))
+    return torch.cat([parameter.grad.flatten() for parameter in student.parameters()]).cpu().double()
+
+
+def updates(device: torch.device, dtype: torch.dtype) -> Iterator[dict]:
+    """Every method's gradient, against that of float32 on the CPU."""
+    ways = [["--method", method] for method in METHODS] + [["--variance", v] for v in ("baseline", "topk", "full")]
+    for way in ways:
+        cfg = config.parse([*way, "--batch-size", "32"])
+        want, got = gradient(cfg, torch.float32, torch.device("cpu")), gradient(cfg, dtype, device)
+        difference = ((got - want).norm() / want.norm()).item()
+        yield row(f"gradient, {' '.join(way)}, {dtype}", difference, WITHIN[dtype])
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict]:
+    """What the fast sampler draws against the plain one on the same device, and its log-probs against a full forward.
+
+    Twice with the same sampler and other weights: a graph that kept old ones would show.
+    """
+    cfg = config.parse(["--batch-size", "256"])
+    student = models(cfg, dtype)[0].to(device)
+    prompts, fast = draw_batch(cfg, 0, device)[1], sampler(device)
+    for time in ("first", "second"):
+        draw = lambda way: way(student, prompts, cfg.response_cap, torch.Generator(device).manual_seed(1))
+        got, want = draw(fast), draw(rollout.sample)
+        others = (got.tokens != want.tokens).any(1).float().mean().item()
+        yield row(f"responses that differ, {time} weights, {dtype}", others, 0.02 if dtype == torch.float32 else 0.2)
+        with torch.no_grad():
+            logp = response_logprobs(student, got.tokens, got.prompt_length)
+            apart = (got.logp - logp)[got.mask].abs().mean().item()
+            for parameter in student.parameters():
+                parameter.mul_(0.7)
+        yield row(f"log-probs of what was sampled (nats), {time} weights, {dtype}", apart, WITHIN[dtype] / 10)
+
+
+def runs(device: torch.device, folder: str) -> Iterator[dict]:
+    """Short runs of train.py: every method, then --compile and --dtype; each is resumed once. Fails where one ends."""
+    short = f"--steps 4 --eval-every 2 --eval-size 20 --teacher-steps 3 --student-steps 3 --digits 2 --device {device}"
+    ways = [f"--method {method} --batch-size 16" for method in METHODS]
+    ways += [f"--compile {way} --batch-size 24" for way in ("off", *["on"] * has_compiler(device))]
+    ways += [f"--dtype {dtype} --batch-size 32" for dtype in ("float32", "bfloat16")]
+    for way in ways:
+        command = [*way.split(), *short.split(), "--out-dir", folder]
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                train.main(command)
+                train.main([*command, "--resume", "--steps", "6"])
+        except (SystemExit, Exception) as error:  # whatever it is, the report goes on
+            yield row(f"train.py {way}: {type(error).__name__}: {error} {said.getvalue()[-500:]}", float("inf"), 0.0)
+        else:
+            yield row(f"train.py {way}", 0.0, 0.0)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """All checks, then the speed of each size; exit code 1 if a check fails."""
+    accept_any_text()
+    parser = argparse.ArgumentParser("check_gpu", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<n>")
+    parser.add_argument("--file", type=Path, default=ROOT / "check.json", help="what to write")
+    args = parser.parse_args(arguments)
+    try:
+        device = resolve(args.device)
+    except ValueError as error:
+        parser.exit(2, f"check_gpu: --device {error}\n")
+    report = {"machine": machine(device, torch.float32), "checks": [], "speed": {}}
+    if device.type == "cuda":
+        report["machine"] += f", CUDA {torch.version.cuda}, {torch.cuda.get_device_properties(device)}"
+    print(report["machine"])
+
+    def keep() -> None:
+        args.file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in WITHIN:
+            for checked in (*updates(device, dtype), *samples(device, dtype)):
+                report["checks"].append(checked)
+        report["checks"] += runs(device, folder)
+    print(markdown(report["checks"]))
+    keep()
+    for size in [(2, 64), (6, 384), (12, 768)] if device.type == "cuda" else [(2, 64)]:
+        for dtype in WITHIN if device.type == "cuda" else [torch.float32]:
+            rows, _ = measure(*new_pair(*size, P + R, device), B, dtype, seconds=5)
+            report["speed"][f"{size[0]}×{size[1]}, {dtype}"] = rows
+            print(f"\n{dtype}\n\n{markdown(rows)}", flush=True)
+            keep()
+    failed = [checked["check"] for checked in report["checks"] if checked["as it should be"] != "True"]
+    print(
+        f"\n{len(report['checks']) - len(failed)} of {len(report['checks'])} checks passed; {args.file}: please send it"
+    )
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
