@@ -331,7 +331,7 @@ def test_what_two_processes_cannot_share_is_refused(arguments, message, capsys, 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1}.items():
+    for name, value in {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "RANK": 3, "LOCAL_RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
     assert distributed.own_device(torch.device("cuda")) == torch.device("cuda:1")
     assert distributed.own_device(torch.device("cpu")) == torch.device("cpu")

@@ -54,6 +54,7 @@ KNOBS = [
     {"method": "grpo", "epochs": 3, "clip_low": 0.3, "clip_high": 0.02},
     {"method": "opsd"},
     {"method": "grpo+opsd", "epochs": 2},
+    {"method": "grpo+opsd", "loss_type": "dr_grpo", "normalize": "sequence_mean"},
     {"method": "rlsd"},
     {"method": "rlsd", "epochs": 2, "lam": 1.0, "eps_w": 0.9, "loss_type": "dr_grpo"},
     {"method": "rlsd", "lam": 0.9, "lam_decay": 6, "eps_w": 0.5, "normalize": "sequence_mean"},
@@ -179,7 +180,7 @@ def by_hand(cfg, student, teacher, rows, old):
     """
     rewarded, distils = cfg.method in ("grpo", "rlsd", "grpo+opsd"), cfg.method in ("gkd", "opsd", "grpo+opsd")
     group_A = group_advantages(cfg, rows) if rewarded else None
-    sums, lengths = [], [len(y) for *_, y in rows]
+    sums, lengths, dense = [], [len(y) for *_, y in rows], 0.0
     for i, (prompt, teacher_prompt, y) in enumerate(rows):
         p = distributions(student, prompt, y)
         q = distributions(teacher, teacher_prompt, y) if METHODS[cfg.method].teacher else None
@@ -190,17 +191,17 @@ def by_hand(cfg, student, teacher, rows, old):
             total = sum(p[n, v].log() for n, v in enumerate(y))
         if distils:
             minus_f, _ = TABLE[cfg.divergence]
-            total = total - (p * minus_f(q / p)).sum()
+            dense = dense - (p * minus_f(q / p)).sum() / len(rows)  # whatever --normalize divides the rest by
         if cfg.method in ("opd", "opdplus"):
             total = total + distillation(cfg, p, q, y)
         if rewarded:
             total = total + surrogate(cfg, p, q, y, group_A[i], old and old[i])
         sums.append(total)
     if cfg.normalize == "token_mean":
-        return sum(sums) / sum(lengths)
+        return sum(sums) / sum(lengths) + dense
     if cfg.normalize == "sequence_mean":
-        return sum(total / length for total, length in zip(sums, lengths)) / len(rows)
-    return sum(sums) / len(rows)
+        return sum(total / length for total, length in zip(sums, lengths)) / len(rows) + dense
+    return sum(sums) / len(rows) + dense
 
 
 def distillation(cfg, p, q, y):

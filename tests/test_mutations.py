@@ -115,6 +115,7 @@ MUTATIONS = {
     "evaluate.py": [
         ("teacher_logp.mean(0)", "teacher_logp[0]", "evaluate: every_reference"),
         ("max_new_tokens, greedy=True)", "max_new_tokens)", "evaluate: likeliest"),
+        ("z2 / (4 * trials)", "z2 / (2 * trials)", "wires: wilson"),
         ("& ~rollout.truncated", "", "evaluate: right_answer"),
         ("== 0\n\n\n@torch", "== 1\n\n\n@torch", "evaluate: reasoning_span"),
     ],
@@ -122,6 +123,7 @@ MUTATIONS = {
         ("groups = groups[1:] + groups[:1]", "pass", "arithmetic: shuffled"),
         ("for _ in range(group_size)]", "for _ in range(1)]", "arithmetic: shuffled"),
         ("list(TASKS).index(task)", "0", "arithmetic: own_split"),
+        ("rng.integers(10, size=size)])", "rng.integers(1, 10, size=size)])", "wires: every_digit"),
     ],
     "divergences.py": [
         ("return -self.f(log_u)", "return self.f(log_u)", "exact: missing_term"),
@@ -150,6 +152,8 @@ MUTATIONS = {
     "system/config.py": [
         (" * EFFORT.get(task, 1)", "", "train: recipe"),
         (" * digits / 3)}", ")}", "train: recipe"),
+        ("lam: float = option(0.5,", "lam: float = option(1.0,", "wires: papers_settings"),
+        ("eps_w: float = option(0.2,", "eps_w: float = option(0.3,", "wires: papers_settings"),
         ("made |= METHODS[method].recipe", "made |= {}", "train: recipe"),
         ("needs(method)] or list(METHODS)", "needs(method)]", "train: recipe"),
     ],
@@ -163,6 +167,7 @@ MUTATIONS = {
         (".exp() > 0", ".exp() >= 0", "rollout: probability_zero"),
         ("cache, at)[:, 0].float()", "cache, at)[:, 0].float().mul(2)", "rollout: follow_the_model"),
         ("if greedy:", "if False:", "rollout: likeliest"),
+        ("torch.rand(R, B, 1, generator", "torch.rand(1, B, 1, generator", "wires: number_of_its_own"),
         (
             "tokens[:, :-1], logits_from=prompt_length - 1)",
             "tokens[:, 1:], logits_from=prompt_length - 1)",
@@ -214,6 +219,11 @@ MUTATIONS = {
         ("rlsd.lam_at(s.step, lam, lam_decay)", "lam", "methods: rewarded"),
         ("if reasoning_only else None", "if False else None", "methods: rewarded"),
         ("eps_w, negative_only, span)", "eps_w, False, span)", "methods: rewarded"),
+        (
+            "loss_type, clip_low, clip_high, normalize)\n    return gkd",
+            'loss_type, clip_low, clip_high, "batch")\n    return gkd',
+            "methods: distillation",
+        ),
         ("gkd_loss(s, divergence)[0] + loss", "gkd_loss(s, divergence)[0] - loss", "methods: distillation"),
     ],
     "../train.py": [
@@ -228,6 +238,8 @@ MUTATIONS = {
             "train: every_method_trains",
         ),
         ("step % cfg.teacher_sync == 0", "step == 0", "train: frozen_synced"),
+        ("evaluate(student, teacher, problems", "evaluate(student, student, problems", "wires: first_row"),
+        ("precision(cfg.dtype, run", 'precision("auto", run', "wires: dtype"),
         ("min(1, 10 * (step + 1) / cfg.steps)", "1", "train: learning_rate"),
     ],
     "system/streams.py": [
@@ -244,9 +256,12 @@ MUTATIONS = {
         ('"reference", step)', '"reference")', "streams: drawn_anew"),
         ('OF_EACH_RANK = ("rollout", "reference")', "OF_EACH_RANK = ()", "streams: every_rank"),
         ("rng, held_out)", "rng)", "methods: held_out"),
+        ("zlib.crc32(purpose.encode())", "hash(purpose) % 2**32", "wires: every_process"),
     ],
     "sft.py": [
         ("encode(text) + [EOS]", "encode(text)", "methods: worked_solution"),
+        ("lr * (1 - first / len(problems))", "lr", "wires: rate_of_a_warm_start"),
+        ("slot=styles is not None)", "slot=False)", "wires: learns_its_solutions"),
         (
             "mask = tokens[:, prompt_length:] != PAD",
             "mask = tokens[:, prompt_length:] != EOS",
@@ -256,6 +271,7 @@ MUTATIONS = {
     "gpt.py": [
         ("is_causal=True", "is_causal=False", "gpt: only_the_past"),
         ("self.position.weight[at]", "self.position.weight[:T]", "gpt: cached_logits"),
+        ("with autocast(enabled=False) if lower", "with autocast() if lower", "wires: dtype"),
     ],
     "judge.py": [
         ("* exp(-sx)", "* exp(sx)", "judge: generator_of"),
@@ -296,7 +312,30 @@ MUTATIONS = {
         ("rate**k * (1 - rate)", "rate ** (G - k) * (1 - rate)", "exact_rewards: enumerated_groups"),
         ("reward == 0) | (reward == 1", "reward >= 0) | (reward == 1", "exact_rewards: right_and_wrong"),
     ],
+    "../notebooks/seeds.py": [("<= 1e-12:", "<= 1e-3:", "wires: small_differences")],
+    "../notebooks/claims.py": [("verdict(d, p, len(tested))", "verdict(d, p, len(claims))", "wires: verdict_counts")],
+    "../notebooks/credit.py": [
+        ("rollout.logp[:, n - 1].exp() < sure", "rollout.logp[:, n].exp() < sure", "wires: token_before"),
+        ("(right_logp - wrong_logp) / tau", "(right_logp - wrong_logp) * tau", "wires: added_contrast"),
+    ],
+    "../notebooks/figures.py": [
+        ("divergence.stop_gradient(x), color", "divergence.f(x), color", "wires: rewards_figure"),
+    ],
+    "system/checkpoint.py": [
+        ("if there.get(name) != here[name]", "if name in there and there[name] != here[name]", "wires: lacks_what"),
+    ],
+    "system/folder.py": [('"sft_lr", "reference_slot"', '"reference_slot"', "wires: another_file")],
+    "system/report.py": [
+        ("torch.stack(correct, 1)", "torch.stack(correct)", "wires: pass_at_4"),
+        ('generator, "work")', "generator)", "wires: pass_at_4"),
+    ],
+    "system/runs.py": [
+        ("torch_stream(self.cfg.seed, f", "torch_stream(0, f", "wires: two_seeds"),
+        ('self.started - state["seconds"]', "self.started", "wires: clock"),
+    ],
     "../notebooks/reproduce.py": [
+        ('("loss", "grad_norm", "clip', '("grad_norm", "clip', "wires: every_column"),
+        ("--method rlsd --reference shuffled", "--method rlsd --reference none", "wires: arm_is_called"),
         ('"--seed", str(seed), "--out-dir"', '"--seed", "0", "--out-dir"', "reproduce: every_seed"),
         ("range(e.first_seed, e.first_seed +", "range(0,", "reproduce: every_seed"),
         ('*e.common.split(), *flags.split(), "--seed"', '*e.common.split(), "--seed"', "reproduce: every_seed"),
