@@ -48,6 +48,12 @@ class Task(NamedTuple):
     larger_first: bool = False  # a ≥ b, so that no answer of a subtraction is negative
     one_digit_b: bool = False  # b has one digit, which every column repeats
 
+    def has(self, problem: Problem) -> bool:
+        """Whether the operands are such as `operands` draws."""
+        largest = 10**problem.digits - 1
+        largest_b = 9 if self.one_digit_b else problem.a if self.larger_first else largest
+        return 0 <= problem.a <= largest and 0 <= problem.b <= largest_b
+
 
 # A new task is one entry here. "mix" draws one of them for each problem.
 TASKS = {
@@ -108,7 +114,7 @@ def sample_problems(
     """
     if task not in (known := [*TASKS, "mix"]):
         raise ValueError(f"unknown task {task!r}; choose from {', '.join(known)}")
-    if not 1 <= digits <= MAX_DIGITS:
+    if not 1 <= digits <= MAX_DIGITS or digits != int(digits):
         raise ValueError(f"digits must lie in 1 … {MAX_DIGITS}, not {digits}")
     names = np.array(list(TASKS) if task == "mix" else [task])
     chosen = names[rng.integers(len(names), size=size)]
@@ -153,8 +159,14 @@ def draw_references(problems: list[Problem], group_size: int, rng: np.random.Gen
     problems  the group_size copies of each problem standing together
     which     "true"; "work" or "cite": always in that style, so that x determines r; "shuffled": the next group's,
               valid but of another problem; "none": blank, as the student's
+
+    Raises ValueError for another `which`, or to shuffle a single group.
     """
+    if which not in ("true", *REFERENCES, "shuffled", "none"):
+        raise ValueError(f"unknown reference {which!r}; choose from true, work, cite, shuffled, none")
     groups = problems[::group_size]
+    if which == "shuffled" and len(groups) < 2:
+        raise ValueError("one group has no other whose reference it could be given: use two or more")
     styles = rng.choice(REFERENCES, len(groups)).tolist()
     if which == "shuffled":
         groups = groups[1:] + groups[:1]
@@ -167,6 +179,8 @@ def draw_references(problems: list[Problem], group_size: int, rng: np.random.Gen
 def steps(problem: Problem) -> list[str]:
     """The worked solution in its steps: one column per digit, then the marked answer."""
     task, carry, columns = TASKS[problem.task], 0, []
+    if not task.has(problem):
+        raise ValueError(f"{problem} is no problem of {problem.digits} digits")
     for i in range(problem.digits):
         x = problem.a // 10**i % 10
         y = problem.b if task.one_digit_b else problem.b // 10**i % 10
@@ -176,7 +190,12 @@ def steps(problem: Problem) -> list[str]:
 
 
 def solution(problem: Problem, style: str | None = None) -> str:
-    """The worked solution, or the short one that a "cite" reference teaches; without its EOS."""
+    """The worked solution, or the short one that a "cite" reference teaches; without its EOS.
+
+    Raises ValueError for another style than those of `reference`, and for operands that the task does not have.
+    """
+    if style not in (None, "blank", *REFERENCES):
+        raise ValueError(f"unknown reference {style!r}; choose from {', '.join(REFERENCES)}, blank")
     return CITE + steps(problem)[-1] if style == "cite" else "".join(steps(problem))
 
 

@@ -93,6 +93,8 @@ def shift(d: Divergence, c: float) -> Divergence:
 
 def clipped(d: Divergence, bound: float) -> Divergence:
     """The same functions of log u clipped to ± bound nats: advantages that are bounded, and biased."""
+    if not bound > 0:
+        raise ValueError(f"the bound of log u must be positive, not {bound}")
     clip = lambda function: lambda x: function(x.clamp(-bound, bound))
     return Divergence(f"{d.name}, clipped", clip(d.f), clip(d.f_prime), clip(d.unbiased))
 

@@ -18,8 +18,10 @@ from nano_opd.tokenizer import decode, encode
 def pass_at_k(correct: Tensor, k: int) -> float:
     """Mean over problems of 1 − C(n−c, k)/C(n, k): unbiased from n ≥ k samples, c of them right (arXiv 2107.03374).
 
-    correct (problems, n) bool. Raises ValueError unless 1 ≤ k ≤ n.
+    correct (problems, n) bool. Raises ValueError unless 1 ≤ k ≤ n, and for no problem.
     """
+    if correct.dtype != torch.bool or correct.ndim != 2 or not len(correct):
+        raise ValueError(f"correct must be bool (problems, n), not {correct.dtype} {tuple(correct.shape)}")
     n = correct.shape[1]
     if not 1 <= k <= n:
         raise ValueError(f"pass@k needs 1 ≤ k ≤ the number of samples per problem, not k={k} of {n}")
@@ -29,6 +31,8 @@ def pass_at_k(correct: Tensor, k: int) -> float:
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927); unlike ±z·SE it is never a point, and never leaves [0, 1]."""
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"an interval needs 0 ≤ successes ≤ trials ≥ 1, not {successes} of {trials}")
     p, z2 = successes / trials, z * z / trials
     center = (p + z2 / 2) / (1 + z2)
     half = z / (1 + z2) * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials))
@@ -42,7 +46,8 @@ def prompts_of(
 
     Raises ValueError for prompts of several lengths: a padded prompt would shift the positions of its response.
     """
-    prompts = [encode(arithmetic.prompt(p, slot)) for p, slot in zip(problems, slots or [None] * len(problems))]
+    slots = [None] * len(problems) if slots is None else slots
+    prompts = [encode(arithmetic.prompt(p, slot)) for p, slot in zip(problems, slots, strict=True)]
     if len(lengths := {len(p) for p in prompts}) != 1:
         raise ValueError(f"prompts of one batch must all have the same length, not {sorted(lengths) or 'no prompt'}")
     return torch.tensor(prompts, device=device)

@@ -191,6 +191,8 @@ def moments(world: World, estimator: Estimator, batch_size: int = 1, probability
     if len(world.tokens) ** batch_size > MAX_RESPONSES:
         raise ValueError(f"cannot enumerate {len(world.tokens)}^{batch_size} batches: at most {MAX_RESPONSES}")
     probability = world.probability() if probability is None else probability
+    if probability.shape != world.tokens[:, 0].shape or abs(probability.sum() - 1) > 1e-6:
+        raise ValueError(f"probability must be (S,) = {(len(world.tokens),)} and sum to 1")
     index = torch.cartesian_prod(*[torch.arange(len(world.tokens))] * batch_size).reshape(-1, batch_size)
     mean, second = torch.zeros_like(world.theta), 0.0
     for batch in index.split(256):

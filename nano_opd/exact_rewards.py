@@ -35,6 +35,7 @@ def values(world: World, reward: Tensor) -> tuple[Tensor, Tensor]:
 
     A_n of the sampled tokens is V.diff(). After the EOS V stays R(y), and Q means nothing.
     """
+    _require_reward(world, reward)
     weight = world.probability()
     V, Q = [reward], []
     for n in reversed(range(world.tokens.shape[1])):
@@ -50,7 +51,14 @@ def values(world: World, reward: Tensor) -> tuple[Tensor, Tensor]:
 
 def gradient(world: World, reward: Tensor) -> Tensor:
     """∇E[R] at world.theta, of its shape: uphill."""
+    _require_reward(world, reward)
     return grad(lambda theta: (world.probability(theta) * reward).sum())(world.theta)
+
+
+def _require_reward(world: World, reward: Tensor) -> None:
+    """Raises ValueError unless there is one reward, float64, for each response."""
+    if reward.shape != world.tokens[:, 0].shape or reward.dtype != torch.float64:
+        raise ValueError(f"the reward must be float64 ({len(world.tokens)},), not {reward.dtype} {tuple(reward.shape)}")
 
 
 def conditioned(world: World, reward: Tensor) -> World:
@@ -58,6 +66,8 @@ def conditioned(world: World, reward: Tensor) -> World:
 
     reward  in [0, 1], the probability of being right. Where V(s) = 0 there is nothing to condition on, and q = p_θ.
     """
+    if not ((reward >= 0) & (reward <= 1)).all():
+        raise ValueError("a reward to be conditioned on is a probability, from 0 to 1")
     V, Q = values(world, reward)
     V = V[:, :-1].unsqueeze(-1)  # (S, R, 1)
     alive = world.mask.unsqueeze(-1) & (V > 0)
@@ -80,6 +90,7 @@ def group_moments(
 
     Raises ValueError for another reward, or one that is always or never earned.
     """
+    _require_reward(world, reward)
     if not ((reward == 0) | (reward == 1)).all() or reward.min() == reward.max():
         raise ValueError("the reward must be 0 for some responses and 1 for the others")
     chosen = partial(at, world.tokens)  # (S, R)

@@ -65,6 +65,10 @@ def clipped_surrogate(
     """
     require_constant(A)
     require_batch(mask, logp=logp, old_logp=old_logp)
+    if not (0 <= clip_low <= 1 and clip_high >= 0):
+        raise ValueError(
+            f"the clip must keep 1 inside: 0 ≤ clip_low ≤ 1 and clip_high ≥ 0, not {clip_low}, {clip_high}"
+        )
     require_same_shape(advantage=A, logp=logp if A.dim() > 1 else logp[:, 0])
     A = A.view(len(logp), -1)  # (B, 1) or (B, R)
     ratio = _ratio(logp, old_logp, mask)
@@ -73,14 +77,19 @@ def clipped_surrogate(
 
 
 def clip_fraction(logp: Tensor, old_logp: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Fraction of sampled tokens whose ratio lies outside the clip, a scalar; arguments as `clipped_surrogate`."""
+    """Fraction of sampled tokens whose ratio lies outside the clip, a scalar; arguments as in `clipped_surrogate`."""
+    require_batch(mask, logp=logp, old_logp=old_logp)
     ratio = _ratio(logp, old_logp, mask)[mask]
     return ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float().mean()
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
+    if rewards.ndim != 1 or not rewards.is_floating_point():
+        raise ValueError(f"rewards must be floating-point (B,), not {rewards.dtype} {tuple(rewards.shape)}")
     if group_size < 2 or len(rewards) % group_size or not len(rewards):
         raise ValueError(f"{len(rewards)} rewards are not groups of group_size {group_size} ≥ 2")
+    if not torch.isfinite(rewards).all():
+        raise ValueError("a reward is not finite: the verifier is broken")
     return rewards.detach().view(-1, group_size)  # drops nothing: a verifier has no gradient
 
 

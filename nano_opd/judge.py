@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, exp
 
 from nano_opd.divergences import DIVERGENCES, Divergence, get
+from nano_opd.system.checks import require_finite
 
 STUDENTS = torch.tensor([[a, b, 12 - a - b] for a in range(1, 12) for b in range(1, 12 - a)], dtype=torch.float64) / 12
 TEACHER = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
@@ -137,6 +138,7 @@ def judge(advantage: Callable[[Tensor, Tensor], Tensor], against: str = "reverse
     corners = 1.5 * torch.randn(32, 3, 1, 4, dtype=torch.float64, generator=rng)
     side, t = corners.roll(-1, 1) - corners, (torch.arange(1000)[:, None] + 0.5) / 1000
     work = (F(corners + t * side, log_q[:, None, None]) * side).sum(-1).flatten(1)
+    require_finite("expected update", J, "A is not finite for some token of 32 ordinary prefixes")
 
     # Two prefixes joined in one, with ¼ and ¾ of its mass: every u stays, and so does every A(u).
     centred = lambda A: A - A.mean(-1, keepdim=True)

@@ -39,6 +39,8 @@ def privileged_view(tokens: Tensor, prompt_length: int, teacher_prompts: Tensor)
     """
     if len(teacher_prompts) != len(tokens):
         raise ValueError(f"{len(teacher_prompts)} privileged prompts for {len(tokens)} responses")
+    if not 1 <= prompt_length < tokens.shape[1]:
+        raise ValueError(f"prompt_length must lie in 1 … {tokens.shape[1] - 1}, not {prompt_length}")
     return torch.cat([teacher_prompts, tokens[:, prompt_length:]], dim=1), teacher_prompts.shape[1]
 
 
@@ -49,6 +51,10 @@ def information_gap(teacher_logp: Tensor) -> Tensor:
 
     Raises ValueError for logits or anything else whose probabilities do not sum to 1.
     """
+    if teacher_logp.ndim != 4:
+        raise ValueError(
+            f"teacher_logp must be (K, B, R, V), one of K references first, not {tuple(teacher_logp.shape)}"
+        )
     if not torch.allclose(teacher_logp.logsumexp(-1), teacher_logp.new_zeros(()), atol=1e-3):
         raise ValueError("teacher_logp must be log-probs, whose probabilities sum to 1 over the vocabulary")
     mixture = teacher_logp.logsumexp(0) - math.log(len(teacher_logp))  # (B, R, V)

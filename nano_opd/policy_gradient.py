@@ -41,6 +41,7 @@ def loss(logp: Tensor, advantage: Tensor, mask: Tensor, normalize: str = "batch"
 
 def reduce(terms: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
     """One number from one term per token, (B, R): their sum over B, or a biased mean. ValueError as in `loss`."""
+    require_batch(mask, terms=terms)
     terms = torch.where(mask, terms, 0.0)  # where, not ×: 0 · ∞ after the EOS would be NaN
     if normalize == "batch":
         return terms.sum() / len(terms)
@@ -58,6 +59,8 @@ def future_return(reward: Tensor, gamma: float) -> Tensor:
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in [0, 1], not {gamma}")
+    if not reward.is_floating_point():
+        raise ValueError(f"reward must be floating-point, not {reward.dtype}: γ would be rounded away")
     future = torch.zeros_like(reward)
     if gamma > 0:
         for n in reversed(range(reward.shape[1] - 1)):

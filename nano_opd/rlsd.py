@@ -61,6 +61,8 @@ def advantage(
     if negative_only:
         multiplier = torch.where(A < 0, multiplier, 1.0)
     if span is not None:
+        require_batch(span)
+        require_same_shape(span=span, mask=mask)
         multiplier = torch.where(span, multiplier, 1.0)
     return torch.where(mask, A * multiplier, 0.0)
 
@@ -70,6 +72,9 @@ def evidence_weight(advantage: Tensor, teacher_logp: Tensor, student_logp: Tenso
 
     advantage (B, 1) or (B, R); the others as in `advantage`
     """
+    require_batch(mask, teacher_logp=teacher_logp, student_logp=student_logp)
+    if advantage.ndim != 2 or advantage.isnan().any():
+        raise ValueError(f"the advantage must be (B, 1) or (B, R) and hold no NaN, but it is {tuple(advantage.shape)}")
     gain = torch.where(mask, teacher_logp - student_logp, 0.0)  # Δ
     require_log_ratio(gain)
     w = torch.where(advantage == 0, 0.0, advantage.sign() * gain).exp()
@@ -81,6 +86,7 @@ def clip_fraction(advantage: Tensor, teacher_logp: Tensor, student_logp: Tensor,
 
     advantage (B,); the others as in `advantage`
     """
+    require_same_shape(advantage=advantage, responses=mask[:, 0])
     A = advantage.unsqueeze(1)
     w = evidence_weight(A, teacher_logp, student_logp, mask)[mask & (A != 0)]
     return ((w < 1 - eps_w) | (w > 1 + eps_w)).float().sum() / max(1, w.numel())

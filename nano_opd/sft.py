@@ -28,6 +28,8 @@ def solution_tokens(
         arithmetic.prompt(p, style and arithmetic.reference(p, style)) + arithmetic.solution(p, style)
         for p, style in zip(problems, styles or [None] * len(problems), strict=True)
     ]
+    if len({(p.digits, style is None) for p, style in zip(problems, styles or [None] * len(problems))}) > 1:
+        raise ValueError("problems of one batch must all have the same digits, and all a slot or none")
     longest = max(map(len, texts), default=0)
     rows = [encode(text) + [EOS] + [PAD] * (longest - len(text)) for text in texts]
     return torch.tensor(rows, device=device)

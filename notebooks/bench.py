@@ -170,6 +170,8 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None, path: Pa
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.tables = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+            if not isinstance(args.tables, dict):
+                raise ValueError("the file holds something else than tables")
     except (OSError, ValueError) as error:
         parser.error(f"--device {args.device}, --json {args.json}: {error}")
     args.dtype, args.sizes = getattr(torch, args.dtype), SIZES[: 4 if args.large or args.device.type == "cuda" else 2]

@@ -230,7 +230,10 @@ def main() -> None:
     accept_any_text()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, help="of CSVs (default: notebooks/results, into the READMEs)")
+    parser.error = lambda message: parser.exit(2, f"pages.py: {message}\n")
     folder = parser.parse_args().folder
+    if folder and not (folder / "provenance.csv").exists():
+        parser.error(f"{folder} holds no results: give the folder that reproduce.py wrote its CSVs to")
     for name, figure in draw(folder or RESULTS).items():
         figures.save(figure, (folder or RESULTS) / name)
     if folder:

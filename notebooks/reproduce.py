@@ -229,10 +229,13 @@ class Run:
         """Whether this very run has been made to its end. Raises SystemExit if its folder holds another."""
         folder = self.cfg.run_dir
         if (folder / "config.json").exists():
-            saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            try:
+                saved = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            except (ValueError, TypeError):
+                saved = {}
             if any(saved.get(name) != value for name, value in self.cfg.run_key().items()):
                 sys.exit(f"reproduce.py: {folder} holds another run: move it away, or give another --out-dir")
-        return (folder / "provenance.json").exists()
+        return (folder / "provenance.json").exists() and (folder / "metrics.csv").exists()
 
     def rows(self) -> list[dict[str, str]]:
         """The evaluated rows of metrics.csv with arm and seed in front.
@@ -258,7 +261,6 @@ def plan(experiment: str, out: Path, quick: bool) -> list[Run]:
     """
     e, planned = EXPERIMENTS[experiment], []
     arms = dict([*e.arms.items()][:: max(1, len(e.arms) // 8)]) if quick else e.arms
-    (out / "warm_starts").mkdir(parents=True, exist_ok=True)
     for seed in range(e.first_seed, e.first_seed + (2 if quick else e.seeds)):
         for name, flags in arms.items():
             folder = out / experiment / name.replace(", ", "-").replace(" ", "-")
@@ -317,7 +319,8 @@ def commit() -> str:
 def main() -> None:
     """Run what is missing, then write one CSV per experiment."""
     accept_any_text()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("reproduce.py", description=__doc__.split("\n")[0])
+    parser.error = lambda message: parser.exit(2, f"reproduce.py: {message}\n")  # without the page of usage
     parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="two seeds of a miniature, to see that everything runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
@@ -329,7 +332,11 @@ def main() -> None:
         parser.error(f"--jobs {args.jobs}: must be 1 or more")
     out = args.out_dir / ("quick" if args.quick else "reproduce")
     results = out / "results" if args.quick else ROOT / "notebooks" / "results"
-    results.mkdir(parents=True, exist_ok=True)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        (out / "warm_starts").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out-dir {args.out_dir}: cannot be used ({error.strerror})")
 
     plans = {name: plan(name, out, args.quick) for name in args.experiments or EXPERIMENTS}
     missing = [run for planned in plans.values() for run in planned if not run.complete()]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_train import ROOT, TINY, metrics, refused, run, same, snapshot
 
 import train
@@ -163,3 +164,95 @@ def test_two_runs_in_one_folder_are_refused_while_the_first_lives(capsys, tmp_pa
     with folder.claim(config.parse(arguments)):
         assert "another process is writing" in refused(capsys, *arguments)
     train.main(arguments)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """The folder of one finished run."""
+    run(out_dir := tmp_path_factory.mktemp("once"))
+    return out_dir
+
+
+def run_dir(out_dir):
+    return next(out_dir.glob("opdplus*"))
+
+
+def edits():
+    """What one may do to a checkpoint with torch.load and torch.save, by name."""
+
+    def of_rows(rows):
+        return lambda content: content["state"].update(rows=rows)
+
+    def of_step(step):
+        return lambda content: content["state"].update(step=step)
+
+    def of_moments(change):
+        return lambda content: content["state"]["optimizer"]["state"][0].update(exp_avg=change)
+
+    yield "a step that is text", of_step("2")
+    yield "no step", lambda content: content["state"].pop("step")
+    yield "rows of another kind", of_rows([1, 2, 3])
+    yield "no rows", of_rows([])
+    yield "moments of another shape, which a fused kernel would write behind", of_moments(torch.zeros(1))
+    yield "no moments", lambda content: content["state"]["optimizer"]["state"].clear()
+    yield (
+        "integer weights",
+        lambda content: content["state"]["student"].update(
+            {"embedding.weight": content["state"]["student"]["embedding.weight"].long()}
+        ),
+    )
+    yield (
+        "weights that are not numbers",
+        lambda content: content["state"]["student"]["embedding.weight"].fill_(torch.nan),
+    )
+    yield "a learning rate that is a tensor", lambda content: content["key"].update(lr=torch.ones(2))
+    yield "a format that is a tensor", lambda content: content.update(format=torch.ones(2))
+    yield "no digest", lambda content: content.pop("digest")
+
+
+@pytest.mark.parametrize("edit", [pytest.param(edit, id=name) for name, edit in edits()])
+def test_an_edited_checkpoint_is_refused_before_anything_of_it_is_used(edit, once, tmp_path, capsys):
+    out_dir = shutil.copytree(once, tmp_path / "out")
+    path = run_dir(out_dir) / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    edit(content)
+    torch.save(content, path)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as end:
+        run(out_dir, "--resume", "--steps", "13")
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and path.read_bytes() == before
+    assert "was edited after it was saved" in said or "is not a nano_opd checkpoint" in said
+
+
+def test_a_lost_checkpoint_costs_no_metrics(once, tmp_path, capsys):
+    out_dir = shutil.copytree(once, tmp_path / "out")
+    (run_dir(out_dir) / "checkpoint.pt").unlink()
+    before = (run_dir(out_dir) / "metrics.csv").read_bytes()
+    for flags in ([], ["--resume"]):
+        with pytest.raises(SystemExit) as end:
+            run(out_dir, *flags)
+        assert end.value.code == 2 and "no checkpoint.pt to go on from" in capsys.readouterr().err
+    assert (run_dir(out_dir) / "metrics.csv").read_bytes() == before
+
+
+def test_a_warm_start_that_overflows_is_named_and_not_kept(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "--sft-lr", "1e38")
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "warm start of the student" in said and "--sft-lr is too high" in said
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_the_warm_starts_of_another_user_are_one_sentence(tmp_path, capsys, monkeypatch):
+    exists = Path.exists
+
+    def forbidden(path):
+        if path.parent.name == "warm_starts":
+            raise PermissionError(13, "Permission denied")
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path)
+    assert end.value.code == 2 and "cannot be read (Permission denied)" in capsys.readouterr().err

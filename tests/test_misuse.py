@@ -1,10 +1,24 @@
 """Functions called from a notebook with something slightly wrong: each raises, or is right."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import new_model
 
-from nano_opd import divergences, gkd, grpo, opsd, policy_gradient, rlsd
+from nano_opd import (
+    arithmetic,
+    divergences,
+    evaluate,
+    exact,
+    exact_rewards,
+    gkd,
+    grpo,
+    judge,
+    opsd,
+    policy_gradient,
+    rlsd,
+    sft,
+)
 from nano_opd.rollout import response_logits, response_logprobs, score
 from nano_opd.system.checks import NumericalFault
 
@@ -85,3 +99,64 @@ def test_nothing_is_no_batch():
     ):
         with pytest.raises(ValueError, match="not torch.bool .0, 3.|0 rewards"):
             call()
+
+
+PROBLEMS = [arithmetic.Problem("add", 2, 12, 34), arithmetic.Problem("add", 2, 5, 6)]
+RNG = np.random.default_rng(0)
+WORLD = exact.World.of(exact.random_tabular(3, 2, 0), exact.random_tabular(3, 2, 1), 3, 2)
+ONE = torch.ones(9, dtype=torch.float64)
+TOKENS = torch.arange(24).view(2, 12) % 17
+MEANINGLESS = {
+    "one slot for two problems": (lambda: evaluate.prompts_of(PROBLEMS, "cpu", ["_" * 8]), "zip"),
+    "a reference that does not exist": (
+        lambda: arithmetic.draw_references(PROBLEMS, 1, RNG, "foo"),
+        "unknown reference",
+    ),
+    "one group, shuffled": (lambda: arithmetic.draw_references(PROBLEMS, 2, RNG, "shuffled"), "no other"),
+    "a style that does not exist": (lambda: arithmetic.solution(PROBLEMS[0], "foo"), "unknown reference"),
+    "half a digit": (lambda: arithmetic.sample_problems("add", 2.5, 3, RNG), "digits must lie"),
+    "an operand that is too long": (
+        lambda: arithmetic.solution(arithmetic.Problem("add", 2, 123, 3)),
+        "no problem of 2",
+    ),
+    "a negative difference": (lambda: arithmetic.solution(arithmetic.Problem("sub", 2, 3, 5)), "no problem of 2"),
+    "a factor of two digits": (lambda: arithmetic.solution(arithmetic.Problem("mul", 2, 34, 12)), "no problem of 2"),
+    "problems of two lengths": (
+        lambda: sft.worked_solutions([PROBLEMS[0], arithmetic.Problem("add", 3, 1, 2)]),
+        "the same digits",
+    ),
+    "an integer reward": (lambda: policy_gradient.future_return(torch.ones(2, 3).long(), 0.5), "floating-point"),
+    "a mask that broadcasts": (lambda: policy_gradient.reduce(LOGP, MASK[:1]), "shapes"),
+    "no response": (lambda: policy_gradient.reduce(LOGP[:0], MASK[:0]), "not"),
+    "rewards in rows": (lambda: grpo.advantage(torch.ones(2, 3), 2), r"rewards must be floating-point \(B,\)"),
+    "rewards that are bool": (lambda: grpo.advantage(torch.ones(4, dtype=torch.bool), 2), "rewards must be"),
+    "a reward that is NaN": (lambda: grpo.advantage(torch.tensor([1.0, torch.nan]), 2), "not finite"),
+    "a ratio that broadcasts": (lambda: grpo.clip_fraction(LOGP, LOGP[:1], MASK, 0.2, 0.2), "shapes"),
+    "a clip without 1": (lambda: grpo.clipped_surrogate(LOGP, LOGP, A, MASK, -1.0, 0.2), "keep 1 inside"),
+    "token advantages for a fraction": (lambda: rlsd.clip_fraction(LOGP, LOGP, LOGP, MASK, 0.2), "shapes"),
+    "an advantage without its axis": (lambda: rlsd.evidence_weight(A, LOGP, LOGP, MASK), "must be"),
+    "a span that broadcasts": (lambda: rlsd.advantage(A, LOGP, LOGP, MASK, 0.5, 0.2, span=MASK[:1]), "shapes"),
+    "a span of numbers": (lambda: rlsd.advantage(A, LOGP, LOGP, MASK, 0.5, 0.2, span=MASK.float()), "must be bool"),
+    "an advantage that is NaN": (lambda: rlsd.advantage(A * torch.nan, LOGP, LOGP, MASK, 0.5, 0.2), "no NaN"),
+    "a prompt longer than all": (lambda: opsd.privileged_view(TOKENS, 99, TOKENS), "prompt_length must lie"),
+    "one reference too few": (lambda: opsd.information_gap(torch.zeros(2, 3, 1)), r"\(K, B, R, V\)"),
+    "counts in the place of bools": (lambda: evaluate.pass_at_k(torch.tensor([[2, 0]]), 1), "must be bool"),
+    "no problem": (lambda: evaluate.pass_at_k(torch.ones(0, 2, dtype=torch.bool), 1), "must be bool"),
+    "more successes than trials": (lambda: evaluate.wilson(5, 3), "5 of 3"),
+    "a negative bound": (lambda: divergences.clipped(divergences.get("jsd"), -1.0), "must be positive"),
+    "weights that are no probability": (
+        lambda: exact.moments(WORLD, exact.sampled(lambda x, mask, *_: x), probability=ONE),
+        "sum to 1",
+    ),
+    "one reward for all responses": (lambda: exact_rewards.gradient(WORLD, ONE[:1]), "reward must be float64"),
+    "rewards that are integers": (lambda: exact_rewards.values(WORLD, ONE.long()), "reward must be float64"),
+    "a probability of 5": (lambda: exact_rewards.conditioned(WORLD, 5 * ONE), "from 0 to 1"),
+    "an advantage without a value": (lambda: judge.judge(lambda p, q: p * torch.nan), "expected update is not finite"),
+}
+
+
+@pytest.mark.parametrize("what", MEANINGLESS)
+def test_what_means_nothing_is_refused_in_a_sentence(what):
+    call, said = MEANINGLESS[what]
+    with pytest.raises(ValueError, match=said):
+        call()

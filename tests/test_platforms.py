@@ -238,3 +238,43 @@ def test_compiling_on_a_gpu_needs_triton_and_a_c_compiler(monkeypatch):
     assert not device.has_compiler(cuda)
     there.add("other")
     assert device.has_compiler(cuda)
+
+
+@pytest.mark.parametrize(
+    "environment,said",
+    [
+        ("WORLD_SIZE=abc", "WORLD_SIZE=abc: not a number"),
+        ("WORLD_SIZE=", "WORLD_SIZE=: not a number"),
+        ("WORLD_SIZE=0", "RANK=0 of WORLD_SIZE=0"),
+        ("WORLD_SIZE=-1", "WORLD_SIZE=-1: not a number"),
+        ("WORLD_SIZE=2", "WORLD_SIZE=2 without RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=xx", "MASTER_PORT=xx: not a number"),
+        ("WORLD_SIZE=2 RANK=5 LOCAL_RANK=1", "RANK=5 of WORLD_SIZE=2"),
+        ("RANK=x", "RANK=x: not a number"),
+        ("RANK=1", "RANK=1 of WORLD_SIZE=1"),
+        ("RANK=-1", "RANK=-1: not a number"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [[], ["--lr", "foo"]])
+def test_processes_that_no_launcher_started_are_refused_in_a_sentence(
+    environment, said, arguments, monkeypatch, capsys
+):
+    for pair in environment.split(" "):
+        monkeypatch.setenv(*pair.split("="))
+    message = refused(capsys, *arguments)
+    assert message.startswith(f"train.py: {said}") and message.count("\n") == 1 and "torchrun" in message
+
+
+@pytest.mark.parametrize(
+    "flag", ["--log-u-clip 1e300", "--lr 1e39", "--sft-lr 1e300", "--steps 1" + 400 * "0", "--seed 1" + 400 * "0"]
+)
+def test_numbers_that_no_tensor_can_hold_are_refused(flag, capsys):
+    said = refused(capsys, *flag.split())
+    assert said.startswith(f"train.py: {flag[:20].split()[0]} 1") and "and at most" in said and len(said) < 100
+
+
+def test_a_console_that_is_not_there_stops_no_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    run(tmp_path)
+    assert list(tmp_path.glob("*/metrics.csv"))

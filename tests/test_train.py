@@ -325,7 +325,7 @@ def refused(capsys, *arguments) -> str:
         ("--gamma -0.1", "--gamma -0.1: must be from 0.0 to 1.0"),
         ("--gamma nan", "--gamma nan: must be from 0.0 to 1.0"),
         ("--gamma one", "--gamma: invalid float value: 'one'"),
-        ("--lr inf", "--lr inf: must be 0.0 or more and finite"),
+        ("--lr inf", "--lr inf: must be 0.0 or more and at most 3e+38"),
         ("--lr -1", "--lr -1.0: must be 0.0 or more"),
         ("--lr nan", "--lr nan: must be 0.0 or more"),
         ("--seed -1", "--seed -1: must be 0 or more"),

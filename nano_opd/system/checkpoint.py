@@ -1,10 +1,12 @@
 """Files that are whole or not there: atomic writes, and loads that verify before they trust.
 
-A checkpoint is a torch.save file of {"key": what determines it, "state": …}. Before anything of it is used, loading
-checks the CRC-32 of every record, unpickles tensors and plain containers only, never code, and compares the key.
+A checkpoint is a torch.save file of {"key": what determines it, "state": …, "digest": of both}. Before anything of it
+is used, loading checks the CRC-32 of every record, unpickles tensors and plain containers only, never code, and
+compares the digest and the key: an edited file would be another run's, or crash in the middle of an update.
 """
 
 import contextlib
+import hashlib
 import io
 import os
 import pickle
@@ -15,7 +17,7 @@ from typing import BinaryIO
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(ValueError):
@@ -57,7 +59,22 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 def save(path: Path, key: dict, state: dict) -> None:
     """Write a checkpoint atomically; `key` is compared when it is loaded."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, "key": key, "state": state}, file))
+    content = {"format": FORMAT, "key": key, "state": state, "digest": digest([key, state])}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def digest(content) -> str:
+    """SHA-256 of nested containers of tensors and plain values."""
+    if isinstance(content, torch.Tensor):
+        part = f"{content.dtype} {tuple(content.shape)}".encode()
+        part += content.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()  # drops nothing: it is only read
+    elif isinstance(content, dict):
+        part = "".join(f"{name!r}: {digest(value)}" for name, value in content.items()).encode()
+    elif isinstance(content, (list, tuple)):
+        part = "".join(map(digest, content)).encode()
+    else:
+        part = repr(content).encode()
+    return hashlib.sha256(part).hexdigest()
 
 
 def load(path: Path, key: dict, device: torch.device | str = "cpu", parts: dict | None = None) -> dict:
@@ -81,8 +98,10 @@ def load(path: Path, key: dict, device: torch.device | str = "cpu", parts: dict 
         raise CheckpointError(f"{path} is truncated or not a checkpoint: {remedy}") from error
 
     saved = [content.get(name) for name in ("key", "state")] if isinstance(content, dict) else [None]
-    if not all(isinstance(part, dict) for part in saved) or content.get("format") != FORMAT:
+    if not all(isinstance(part, dict) for part in saved) or repr(content.get("format")) != str(FORMAT):
         raise CheckpointError(f"{path} is not a nano_opd checkpoint of format {FORMAT}: {remedy}")
+    if digest(saved) != content.get("digest"):
+        raise CheckpointError(f"{path} was edited after it was saved: {remedy}")
     if different := differences(content["key"], key):
         raise CheckpointError(f"{path} belongs to another configuration ({different}): {remedy}")
     try:
@@ -96,4 +115,5 @@ def load(path: Path, key: dict, device: torch.device | str = "cpu", parts: dict 
 def differences(there: dict, here: dict) -> str:
     """What of `here` is another value there, in words; empty where nothing is."""
     names = [name for name in here if there.get(name) != here[name]]
-    return "; ".join(f"{name} is {there.get(name)} there and {here[name]} here" for name in names)
+    said = [f"{name} is {there.get(name)} there and {here[name]} here" for name in names[:3]]
+    return "; ".join(said + [f"and {len(names) - 3} more"] * (len(names) > 3))

@@ -121,9 +121,12 @@ class Config:
             if choices and value not in choices:
                 known = ", ".join(choices) + did_you_mean(str(value), choices)
                 raise ValueError(f"{_flag(field.name)} {value}: choose from {known}")
-            if low is not None and not (low <= value <= high if high is not None else low <= value < float("inf")):
-                allowed = f"from {low} to {high}" if high else f"{low} or more" + " and finite" * (value > 0)
-                raise ValueError(f"{_flag(field.name)} {value}: must be {allowed}")
+            most = (2**64 if field.type is int else 3e38) if high is None else high  # float32 ends at 3.4e38
+            if low is not None and not low <= value <= most:
+                allowed = (
+                    f"from {low} to {high}" if high else f"{low} or more" + f" and at most {most:.0e}" * (value > 0)
+                )
+                raise ValueError(f"{_flag(field.name)} {str(value)[:20]}: must be {allowed}")
         divergences.get(self.divergence)
         if self.digits == 1:
             raise ValueError("--digits 1: a problem is one column, so no held-out one is ever taught; give 2 or more")
@@ -213,8 +216,10 @@ def readers(field: dataclasses.Field) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
+    speaks = True  # one of several processes does
+
     def error(self, message: str):
-        self.exit(2, f"train.py: {message}\n" if distributed.rank() == 0 else None)  # without the page of usage
+        self.exit(2, f"train.py: {message}\n" if self.speaks else None)  # without the page of usage
 
 
 def parse(arguments: list[str] | None = None) -> Config:
@@ -225,6 +230,11 @@ def parse(arguments: list[str] | None = None) -> Config:
         argument_default=argparse.SUPPRESS,  # so that what was typed can be told from what was not
         allow_abbrev=False,
     )
+    try:
+        distributed.require_launcher()
+    except ValueError as error:
+        parser.error(str(error))
+    parser.speaks = distributed.rank() == 0
     fields = {f.name: f for f in dataclasses.fields(Config)}
     for name, field in fields.items():
         kind = {"action": "store_true"} if field.type is bool else {"type": field.type, "metavar": field.type.__name__}

@@ -35,6 +35,19 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def require_launcher() -> None:
+    """Raises ValueError where the environment speaks of several processes and not as torchrun does."""
+    of_many = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in ("WORLD_SIZE", *of_many):
+        value = os.environ.get(name, "0")
+        if name != "MASTER_ADDR" and not value.isdecimal():
+            raise ValueError(f"{name}={value}: not a number; unset it, or start several processes with torchrun")
+    if not rank() < world_size():
+        raise ValueError(f"RANK={rank()} of WORLD_SIZE={world_size()}: unset both, or start with torchrun")
+    if world_size() > 1 and (missing := [name for name in of_many if name not in os.environ]):
+        raise ValueError(f"WORLD_SIZE={world_size()} without {', '.join(missing)}: unset it, or start with torchrun")
+
+
 def own_device(device: torch.device) -> torch.device:
     """This rank's own device of that type. Raises ValueError where the processes cannot have one each."""
     if world_size() == 1 or device.type == "cpu":

@@ -44,7 +44,7 @@ def claim(cfg: Config) -> Iterator[None]:
     path = cfg.run_dir / "config.json"
     try:
         cfg.run_dir.mkdir(parents=True, exist_ok=True)
-        begun = any((cfg.run_dir / name).exists() for name in ("checkpoint.pt", "metrics.csv"))
+        there = [name for name in ("checkpoint.pt", "metrics.csv") if (cfg.run_dir / name).exists()]
         saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except OSError as error:
         raise RunFolderError(f"--out-dir {cfg.out_dir}: cannot use {cfg.run_dir} ({error.strerror})") from None
@@ -52,15 +52,20 @@ def claim(cfg: Config) -> Iterator[None]:
         saved = None
     if not isinstance(saved, dict):
         raise RunFolderError(f"{path} is not a run's configuration: delete it, or give another --out-dir")
-    if begun and saved and (different := checkpoint.differences(saved, cfg.run_key(resumed=True))):
+    if there and saved and (different := checkpoint.differences(saved, cfg.run_key(resumed=True))):
         raise RunFolderError(f"{cfg.run_dir} holds another run ({different}): give another --out-dir")
-    if begun and not cfg.resume:
+    if there == ["metrics.csv"]:
+        raise RunFolderError(
+            f"{cfg.run_dir} has metrics.csv and no checkpoint.pt to go on from: move it away to begin anew"
+        )
+    if there and not cfg.resume:
         raise RunFolderError(
             f"{cfg.run_dir} holds this run already: add --resume to continue it, or give another --out-dir"
         )
     with _locked(cfg.run_dir):
         for litter in cfg.run_dir.glob(".*.tmp"):  # a process that was killed while it wrote
-            litter.unlink(missing_ok=True)
+            if litter.is_file():
+                litter.unlink(missing_ok=True)
         yield
 
 

@@ -28,7 +28,7 @@ def shortage(cfg, device: torch.device) -> str | None:
     there = capacity(device)
     for option, need in needs(cfg).items():
         if need > there:
-            return f"{option}: {need / 2**30:,.0f} GiB or more are needed, of {there / 2**30:,.0f} in all: choose less"
+            return f"{option}: {need // 2**30:,} GiB or more are needed, of {there / 2**30:,.0f} in all: choose less"
     return None
 
 

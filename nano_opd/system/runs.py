@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nano_opd.gpt import GPT
 from nano_opd.system import checkpoint, distributed, folder
-from nano_opd.system.checks import NumericalFault
+from nano_opd.system.checks import NumericalFault, require_finite
 from nano_opd.system.config import Config
 from nano_opd.system.console import say
 from nano_opd.system.device import keep_freed_memory, resolve
@@ -81,13 +81,19 @@ class Run:
         with distributed.rank_0_first():
             torch.manual_seed(torch_stream(self.cfg.seed, f"{who} weights").initial_seed())
             model = GPT(self.cfg.gpt(who)).to(self.device)
-            if path.exists():
+            try:
+                there = path.exists()
+            except OSError as error:  # another user's folder
+                raise checkpoint.CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+            if there:
                 checkpoint.load(path, key, self.device, {"model": model})
                 return model
             with self._bar(f"{who} warm start", key["steps"]) as bar:
                 for _ in train(self.cfg, who, model):
                     bar.update()
                     self.stop.check()
+            for weight in model.parameters():
+                require_finite(f"warm start of the {who}", weight, "--sft-lr is too high")
             checkpoint.save(path, key, {"model": model.state_dict()})
             return model
 
@@ -156,7 +162,7 @@ class Run:
 
     def _bar(self, label: str, total: int) -> tqdm:
         """A bar with its ETA on a terminal; nothing where the output is a file."""
-        hidden = distributed.rank() > 0 or not sys.stderr.isatty()
+        hidden = distributed.rank() > 0 or not (sys.stderr and sys.stderr.isatty())  # a daemon has none
         return tqdm(total=total, desc=label, disable=hidden, leave=False)
 
 
