@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nano_opd import arithmetic, opsd
 from nano_opd.gpt import GPT
+from nano_opd.policy_gradient import rows_at_once
 from nano_opd.rollout import Rollout, response_logits, sample
 from nano_opd.tokenizer import decode, encode
 
@@ -95,24 +96,28 @@ def evaluate(
     prompts = prompts_of(problems, student.device, slots_of(problems, "blank") if reference_slot else None)
     greedy = sample(student, prompts, max_new_tokens, greedy=True)
     rollout = sample(student, prompts, max_new_tokens, generator)
-    view, mask = (rollout.tokens, rollout.prompt_length), rollout.mask
-    views = [view]
-    if reference_slot:
-        slots = [slots_of(problems, style) for style in arithmetic.REFERENCES]
-        views = [opsd.privileged_view(*view, prompts_of(problems, student.device, slot)) for slot in slots]
+    mask, measured = rollout.mask, {"kl": [], "entropy": []}
+    slots = [slots_of(problems, style) for style in arithmetic.REFERENCES] if reference_slot else []
     log_probs = lambda model, view: response_logits(model, *view).float().log_softmax(-1)
-    student_logp = log_probs(student, view)  # (B, R, V)
-    teacher_logp = torch.stack([log_probs(teacher, view) for view in views])  # (K, B, R, V) for K references
-    p, leaks = student_logp.exp(), {}
-    if reference_slot:
-        cited = [arithmetic.cites(text) for text in response_texts(rollout)]
-        leaks["leak_rate"] = sum(cited) / len(cited)
-        leaks["information_gap"] = opsd.information_gap(teacher_logp)[mask].mean().item()
+    each = rows_at_once(mask.shape[1], student.config.vocab_size)
+    for first in range(0, len(mask), each):
+        rows = slice(first, first + each)
+        view = rollout.tokens[rows], rollout.prompt_length
+        told = [prompts_of(problems[rows], student.device, slot[rows]) for slot in slots]
+        views = [opsd.privileged_view(*view, prompts) for prompts in told] or [view]
+        student_logp = log_probs(student, view)  # (B, R, V)
+        teacher_logp = torch.stack([log_probs(teacher, view) for view in views])  # (K, B, R, V) for K references
+        p = student_logp.exp()
+        measured["kl"].append((p * (student_logp - teacher_logp.mean(0))).sum(-1)[mask[rows]])
+        measured["entropy"].append(-(p * student_logp).sum(-1)[mask[rows]])
+        if reference_slot:
+            measured.setdefault("information_gap", []).append(opsd.information_gap(teacher_logp)[mask[rows]])
+    cited = [arithmetic.cites(text) for text in response_texts(rollout)]
+    leaks = {"leak_rate": sum(cited) / len(cited)} if reference_slot else {}
     return leaks | {
         "accuracy": rewards(problems, rollout).mean().item(),
         "greedy_accuracy": rewards(problems, greedy).mean().item(),
-        "kl": (p * (student_logp - teacher_logp.mean(0))).sum(-1)[mask].mean().item(),
-        "entropy": -(p * student_logp).sum(-1)[mask].mean().item(),
+        **{name: torch.cat(of_tokens).mean().item() for name, of_tokens in measured.items()},
         "response_length": mask.sum(1).float().mean().item(),
         "truncated": rollout.truncated.float().mean().item(),
     }

@@ -78,8 +78,17 @@ def mean_over_vocabulary(
     Raises ValueError when their shapes differ, or the sum is NaN: a p below e^−103 is 0 in float32, and its u = ∞.
     """
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    student_logp = student_logits.detach().log_softmax(-1)  # drops nothing: a baseline is a constant
-    log_u = teacher_logits.detach().log_softmax(-1) - student_logp  # drops nothing: the teacher is not trained
-    mean = (student_logp.exp() * advantage(log_u)).sum(-1)
+    means = []
+    each = rows_at_once(*student_logits.shape[1:])
+    for p, q in zip(*(logits.detach().split(each) for logits in (student_logits, teacher_logits))):
+        student_logp = p.log_softmax(-1)  # the detach drops nothing: a baseline is a constant, the teacher not trained
+        log_u = q.log_softmax(-1) - student_logp
+        means.append((student_logp.exp() * advantage(log_u)).sum(-1))
+    mean = torch.cat(means)
     require_no_nan("baseline", mean)
     return mean
+
+
+def rows_at_once(R: int, V: int) -> int:
+    """How many responses to sum over the vocabulary at once, since every step on logits (B, R, V) makes a copy."""
+    return max(1, 2**24 // max(1, R * V))  # 64 MiB of float32

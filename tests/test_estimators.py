@@ -99,6 +99,26 @@ def test_what_a_top_k_is_not_given_is_refused_and_nothing_behind_the_mask_reache
             topk.loss(**given | wrong)
 
 
+@pytest.mark.parametrize("stop_gradient", [False, True])
+def test_a_few_responses_at_a_time_are_all_of_them(stop_gradient, logits, monkeypatch):
+    """As for a large vocabulary: the same loss, gradient and baseline as in one piece."""
+    mask, d = torch.arange(5) < torch.tensor([[5], [4], [3], [2], [1], [0]]), divergences.get("jsd")
+    got = []
+    for rows in (99, 4, 1):
+        monkeypatch.setattr(gkd, "rows_at_once", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(policy_gradient, "rows_at_once", lambda *_, rows=rows: rows)
+        student = logits[0].clone().requires_grad_()
+        loss = gkd.loss(student, logits[1], mask, d, stop_gradient)
+        loss.backward()
+        got.append((loss.detach(), student.grad, opdplus.exact_baseline(*logits, d)))
+    for loss, gradient, baseline in got[1:]:
+        torch.testing.assert_close(loss, got[0][0])
+        torch.testing.assert_close(gradient, got[0][1])
+        assert torch.equal(baseline, got[0][2])
+    monkeypatch.undo()
+    assert policy_gradient.rows_at_once(256, 50257) == 1 and policy_gradient.rows_at_once(32, 19) > 2000
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_baselines_are_the_means_over_the_vocabulary(name, logits):
     student, teacher = logits

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,3 +156,18 @@ def test_the_reasoning_span_ends_before_the_answer():
     rows = torch.tensor([encode(t) + [EOS] + [PAD] * (11 - len(t)) for t in texts])
     span = evaluate.reasoning_span(rows)
     assert span[0].tolist() == [True] * 7 + [False] * 5 and not span[1].any() and span[2].all()
+
+
+@pytest.mark.parametrize("reference_slot", [False, True])
+def test_an_evaluation_in_pieces_is_the_evaluation(reference_slot, monkeypatch):
+    """As for a large vocabulary: every problem with its own references, whatever piece it is in."""
+    torch.manual_seed(0)
+    student, teacher = (GPT(GPTConfig(VOCAB_SIZE, 30)) for _ in range(2))
+    problems = arithmetic.sample_problems("add", 2, 7, np.random.default_rng(0))
+    got = []
+    for rows in (99, 3):
+        monkeypatch.setattr(evaluate, "rows_at_once", lambda *_, rows=rows: rows)
+        generator = torch.Generator().manual_seed(1)
+        got.append(evaluate.evaluate(student, teacher, problems, 12, generator, reference_slot))
+    assert set(got[0]) == set(got[1]) and got[0]["kl"] > 0.01
+    assert all(got[0][name] == pytest.approx(got[1][name]) for name in got[0])

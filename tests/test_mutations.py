@@ -20,6 +20,12 @@ SLOW_IMPORTS = [
     "hypothesis.strategies",
     "pytest",
     "tiktoken",
+    "tqdm",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "scipy.stats",
+    "torch.nn.parallel",
+    "torch.utils.flop_counter",
 ]
 
 # file: (what stands there, once; what to put in its place; the test file and, as for -k, the tests that must notice)
