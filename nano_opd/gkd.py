@@ -10,10 +10,9 @@ variance. With `stop_gradient` it is the mean of OPD's instead: that estimator's
 """
 
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from nano_opd.divergences import Divergence
-from nano_opd.policy_gradient import rows_at_once
+from nano_opd.policy_gradient import a_few_at_a_time
 from nano_opd.system.checks import require_batch, require_no_nan, require_same_shape
 
 
@@ -32,21 +31,16 @@ def loss(
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     require_batch(mask, student_logits=student_logits[..., 0])
 
-    def summed(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
+    def divergences(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
         behind = ~mask.unsqueeze(-1)  # equal there, so that f(1) = 0, and no NaN comes into the gradient
         student_logp = student_logits.masked_fill(behind, 0.0).log_softmax(-1)
         teacher_logp = teacher_logits.masked_fill(behind, 0.0).log_softmax(-1)
         f = divergence.f(teacher_logp - student_logp)  # (B, R, V)
         if stop_gradient:
             f = f.detach()  # drops p ∇f(u) = −u f′(u) ∇p: the whole difference between OPD and OPD+
-        return (student_logp.exp() * f).sum()
+        return (student_logp.exp() * f).sum(-1)
 
-    given = student_logits, teacher_logits.detach(), mask  # drops nothing: the teacher is not trained
-    rows = rows_at_once(*student_logits.shape[1:])
-    if rows >= len(mask):
-        total = summed(*given) / len(mask)
-    else:  # a large vocabulary: a few responses at a time, and once more in the backward pass
-        pieces = zip(*(x.split(rows) for x in given))
-        total = sum(checkpoint(summed, *piece, use_reentrant=False) for piece in pieces) / len(mask)
+    # The detach drops nothing: the teacher is not trained.
+    total = a_few_at_a_time(divergences, student_logits, teacher_logits.detach(), mask).sum() / len(mask)
     require_no_nan("divergence", total)
     return total

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nano_opd.system.checks import require_batch, require_constant, require_no_nan, require_same_shape
 
@@ -78,15 +79,27 @@ def mean_over_vocabulary(
     Raises ValueError when their shapes differ, or the sum is NaN: a p below e^−103 is 0 in float32, and its u = ∞.
     """
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    means = []
-    each = rows_at_once(*student_logits.shape[1:])
-    for p, q in zip(*(logits.detach().split(each) for logits in (student_logits, teacher_logits))):
-        student_logp = p.log_softmax(-1)  # the detach drops nothing: a baseline is a constant, the teacher not trained
-        log_u = q.log_softmax(-1) - student_logp
-        means.append((student_logp.exp() * advantage(log_u)).sum(-1))
-    mean = torch.cat(means)
+
+    def mean_of(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        student_logp = student_logits.log_softmax(-1)
+        return (student_logp.exp() * advantage(teacher_logits.log_softmax(-1) - student_logp)).sum(-1)
+
+    # The detach drops nothing: a baseline is a constant, and the teacher is not trained.
+    mean = a_few_at_a_time(mean_of, student_logits.detach(), teacher_logits.detach())
     require_no_nan("baseline", mean)
     return mean
+
+
+def a_few_at_a_time(sum_over_vocabulary: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
+    """sum_over_vocabulary(logits, *others), (B, R); where V is large, of a few responses after the other.
+
+    logits (B, R, V), others (B, …). The backward pass computes each part once more, so that none of its copies is kept.
+    """
+    rows = rows_at_once(*logits.shape[1:])
+    if rows >= len(logits):
+        return sum_over_vocabulary(logits, *others)
+    parts = zip(*(x.split(rows) for x in (logits, *others)))
+    return torch.cat([checkpoint(sum_over_vocabulary, *part, use_reentrant=False) for part in parts])
 
 
 def rows_at_once(R: int, V: int) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nano_opd.policy_gradient import reduce
+from nano_opd.policy_gradient import a_few_at_a_time, reduce
 from nano_opd.system.checks import require_batch, require_same_shape
 
 
@@ -48,12 +48,17 @@ def loss(
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     require_batch(mask, student_logits=student_logits[..., 0])
     require_same_shape(tokens=tokens, mask=mask)
-    behind = ~mask.unsqueeze(-1)  # equal there, so that no NaN comes into the gradient
-    student_logp = student_logits.masked_fill(behind, 0.0).log_softmax(-1)
-    teacher_logp = teacher_logits.detach().masked_fill(behind, 0.0).log_softmax(-1)  # drops nothing: it is not trained
-    p = student_logp.detach().exp()  # drops ∇p A: the mean of A ∇log p is wanted, not the gradient of the mean of A
-    A = advantage(teacher_logp - student_logp.detach())  # drops p ∇A, as policy_gradient.loss does
-    top = torch.zeros_like(p).scatter(-1, teacher_logp.topk(min(k, p.shape[-1])).indices, 1.0)
-    sampled = torch.zeros_like(p).scatter(-1, tokens.unsqueeze(-1), 1.0)
-    weight = torch.where(top == 1, p, sampled)  # of each token in the sum over the vocabulary
-    return reduce(-torch.where(weight > 0, weight * A * student_logp, 0.0).sum(-1), mask, normalize)
+
+    def terms(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        behind = ~mask.unsqueeze(-1)  # equal there, so that no NaN comes into the gradient
+        student_logp = student_logits.masked_fill(behind, 0.0).log_softmax(-1)
+        teacher_logp = teacher_logits.masked_fill(behind, 0.0).log_softmax(-1)
+        p = student_logp.detach().exp()  # drops ∇p A: the mean of A ∇log p is wanted, not the gradient of a mean
+        A = advantage(teacher_logp - student_logp.detach())  # drops p ∇A, as policy_gradient.loss does
+        top = torch.zeros_like(p).scatter(-1, teacher_logp.topk(min(k, p.shape[-1])).indices, 1.0)
+        sampled = torch.zeros_like(p).scatter(-1, tokens.unsqueeze(-1), 1.0)
+        weight = torch.where(top == 1, p, sampled)  # of each token in the sum over the vocabulary
+        return -torch.where(weight > 0, weight * A * student_logp, 0.0).sum(-1)
+
+    given = student_logits, teacher_logits.detach(), tokens, mask  # drops nothing: the teacher is not trained
+    return reduce(a_few_at_a_time(terms, *given), mask, normalize)

@@ -1,6 +1,6 @@
 """Does the fast path of your GPU compute what plain code computes on the CPU? `python notebooks/check_gpu.py`.
 
-About five minutes. One update of every method is compared, sampling with CUDA graphs and without, and short runs of
+A few minutes. One update of every method is compared, sampling with CUDA graphs and without, and short runs of
 train.py go through every path once. Then come the tables of bench.py. All of it is in check.json: please send it in.
 """
 

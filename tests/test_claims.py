@@ -204,6 +204,21 @@ def test_the_reasons_in_the_short_table_are_in_the_csvs():
     assert max(gains, key=gains.get) == "sync 50"
 
 
+def test_what_the_prose_says_of_perfect_credit():
+    results, why = claims.load(RESULTS), claims.FOUND["RLSD ends above GRPO"]
+    end = lambda arm: statistics.mean(seed[-1]["accuracy"] for seed in results[arm])
+    gains = {arm: f"{end(arm) - end('grpo'):.3f}" for arm in (*reproduce.ceiling.ARMS, "rlsd")}
+    assert f"adds {gains['exact A']} to GRPO's {end('grpo'):.3f}, and RLSD {gains['rlsd']}." in why
+    start = statistics.mean(seed[0]["accuracy"] for seed in results["grpo from 120"])
+    oracle, ours = (c.size(c.differences(results)) for c in claims.CLAIMS["rare"][:2])
+    assert f"({start:.3f} at the start" in why
+    assert f"the oracle adds {oracle}, and RLSD {ours}: notebook 04" in why
+    assert all(float(gains[arm]) < 0.05 for arm in reproduce.ceiling.ARMS)  # hardly anything to gain
+    for arm in ("λ=1, ε_w=1, less its one", "running value"):
+        assert end(arm) < end("grpo") - 0.1  # does harm
+    assert reproduce.EXPERIMENTS["credit_rare"].seeds == 8 and reproduce.EXPERIMENTS["credit_rare"].first_seed == 5
+
+
 def test_what_the_prose_says_of_grpo_and_of_evaluations():
     results = claims.load(RESULTS)
     claim = next(claim for claim in CLAIMS if "beats GRPO" in claim.text)
