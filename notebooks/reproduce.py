@@ -180,7 +180,7 @@ EXPERIMENTS = {
             if (task, digits) != ("add", 3)
         },
         seeds=3,
-        seconds=120,
+        seconds=170,
     ),
     # Is the collapse a matter of the learning rate? Also with clipped gradients, and near the teacher.
     "rate": Experiment(SHORT, rates(("opd", "opdplus"), DIVERGENCES[:3]), seeds=3, seconds=25),

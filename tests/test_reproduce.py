@@ -78,7 +78,7 @@ def test_an_oracle_is_in_the_place_of_the_update(tiny, monkeypatch):
 def test_all_of_it_fits_into_six_hours_on_two_cores_as_its_page_says():
     hours = sum(e.seconds * e.seeds * len(e.arms) for e in reproduce.EXPERIMENTS.values()) / 2 / 3600
     page = (reproduce.ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
-    assert 5.25 < hours < 5.75 and "five and a half hours on two cores" in page
+    assert 5.75 < hours < 6.25 and "six hours on two cores" in page
 
 
 class Here:
