@@ -68,8 +68,8 @@ def test_a_method_brings_its_own_recipe_and_a_flag_wins(method):
     of = {task: config.parse(["--method", method, "--task", task]) for task in ("add", "mul", "mix")}
     assert {task: (cfg.teacher_steps, cfg.steps) for task, cfg in of.items()} == {
         "add": (400, 400),
-        "mul": (800, 800),
-        "mix": (1600, 800),
+        "mul": (800, 1600),
+        "mix": (1600, 1600),
     }
     start = 210 if careful else 110
     wanted = {"add": start, "sub": 1.25 * start, "mul": 1.5 * start, "mix": 2.5 * start}
@@ -307,13 +307,13 @@ def refused(capsys, *arguments) -> str:
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ("--method dpo", "--method dpo: choose from sft, gkd, opd, opdplus"),
+        ("--method dpo", "--method dpo: choose from sft, null, gkd, opd, opdplus"),
         ("--divergence kl", "unknown divergence 'kl'"),
         ("--divergence forward-kl", "did you mean forward_kl?"),
         ("--divergence alpha=x", "alpha must be a number from -10 to 10"),
         ("--method opd+", "did you mean opd?"),
         ("--task ad", "--task ad: choose from add, sub, mul, mix (did you mean add?)"),
-        ("--variance none", "--variance none: choose from sampled, baseline, full"),
+        ("--variance none", "--variance none: choose from sampled, baseline, topk, full"),
         ("--normalize mean", "--normalize mean: choose from batch, token_mean, sequence_mean"),
         ("--device tpu", "--device tpu: choose from auto, cpu, cuda"),
         ("--device cuda:99", "--device cuda:99: this machine has no such device"),
