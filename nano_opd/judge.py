@@ -1,15 +1,7 @@
-"""What does an advantage descend? `print(judge(A))` says it. Any A(u) of one token is the w_h of some generator h:
+"""The judge of any advantage: `print(judge(A))` says what its expected update descends, and where it leads.
 
-    w_h = −h + u h′ = A    ⟺    h(u)  =  u ∫₁ᵘ A(t)/t² dt    ⟹    h″(u)  =  A′(u)/u
-
-So at γ = 0 the expected update descends E_p[h(u)] at each prefix, whatever A was meant to be. This is a divergence, at
-its lowest where the student is the teacher, if A never falls. OPD under f is the case A = −f: it descends the D_h with
-h″(u) = −f′(u)/u. Any other A descends something if and only if its expected update does no work around closed loops
-of students. Where it is smooth, a symmetric Jacobian in the logits says so. At a jump that says nothing.
-
-Sources: that the gradient of every f-divergence is E_p[A(u) ∇log p] for some A, Go et al., arXiv 2302.08215, Theorem 1;
-that each rising A belongs to one divergence, Fawkes & Hartford, arXiv 2605.15417. What it makes of the stop-gradient is
-derived here.
+An A of u alone descends E_p[h(u)] with the h of law.py. Any other descends something if and only if its expected update
+does no work around closed loops of students. Where it is smooth, and only there, a symmetric Jacobian says so.
 """
 
 from collections.abc import Callable
@@ -20,65 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, exp
 
-from nano_opd.divergences import DIVERGENCES, Divergence, get
+from nano_opd.divergences import Divergence, get
+from nano_opd.law import NAMED, STUDENTS, TEACHER, generator, of_u, paths, update
 from nano_opd.system.checks import require_finite
-
-STUDENTS = torch.tensor([[a, b, 12 - a - b] for a in range(1, 12) for b in range(1, 12 - a)], dtype=torch.float64) / 12
-TEACHER = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-NAMED = {name: d.unbiased for name, d in DIVERGENCES.items() if name not in ("k3", "jsd_falling")}  # w of log u
-NAMED |= {
-    f"JSD(β={b})": lambda x, b=b: (1 - b) * torch.log1p(b * torch.expm1(x)) for b in (0.1, 0.2, 0.3, 0.7, 0.8, 0.9)
-}
-
-
-def generator(advantage: Callable[[Tensor], Tensor], name: str = "h") -> Divergence:
-    """The generator h, with h(1) = h′(1) = 0, whose w_h is the advantage up to the constant A(1).
-
-    advantage  A as a function of log u, elementwise and without a jump but at u = 1, as divergence.stop_gradient
-
-    The integral is a Gauss–Legendre sum of 64 terms, good to 1e-9 in float64 for |log u| ≤ 8 and a smooth A.
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(64)
-
-    def h(x: Tensor) -> Tensor:  # with t = u^s: u ∫₀¹ (A(s log u) − A(0)) u^−s log u ds
-        s, w = (torch.as_tensor(a, dtype=x.dtype, device=x.device) for a in ((nodes + 1) / 2, weights / 2))
-        sx = x.unsqueeze(-1) * s
-        return exp(x) * x * (w * (advantage(sx) - advantage(torch.zeros_like(sx))) * exp(-sx)).sum(-1)
-
-    rest = lambda x: advantage(x) - advantage(torch.zeros_like(x))
-    return Divergence(name, f=h, f_prime=lambda x: exp(-x) * (h(x) + rest(x)), unbiased=rest)
-
-
-def of_u(advantage: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """An advantage of log u alone, as divergence.unbiased, as one of log_p and log_q, as `update` takes it."""
-    return lambda log_p, log_q: advantage(log_q - log_p)
-
-
-def update(advantage: Callable[[Tensor, Tensor], Tensor], log_p: Tensor, log_q: Tensor) -> Tensor:
-    """E_{v∼p}[A_v ∇log p_v] in the logits, p_v (A_v − E_p[A]): the expected update at one prefix, exactly.
-
-    advantage   A of every token, from log_p and log_q of its whole vocabulary, (…, V) each
-    """
-    p = log_p.exp()
-    A = advantage(log_p, log_q)
-    return p * (A - (p * A).sum(-1, keepdim=True))
-
-
-def paths(
-    advantage: Callable[[Tensor, Tensor], Tensor], starts: Tensor, log_q: Tensor, steps: int = 800, size: float = 0.2
-) -> Tensor:
-    """Students (S, V), as logits, that follow the expected update: their probabilities on the way, (steps+1, S, V).
-
-    A step is the update, but no longer than `size` in the logits: far from the teacher the way is the same, in more
-    steps. A student that has put 0.999 on one token stays there.
-    """
-    z, visited = starts, [starts.softmax(-1)]
-    for _ in range(steps):
-        step = update(advantage, z.log_softmax(-1), log_q)
-        step = step * (size / step.norm(dim=-1, keepdim=True)).clamp(max=1)
-        z = torch.where(visited[-1].amax(-1, keepdim=True) < 0.999, z + step, z)
-        visited.append(z.softmax(-1))
-    return torch.stack(visited)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +75,6 @@ def judge(advantage: Callable[[Tensor, Tensor], Tensor], against: str = "reverse
     side, t = corners.roll(-1, 1) - corners, (torch.arange(1000)[:, None] + 0.5) / 1000
     work = (F(corners + t * side, log_q[:, None, None]) * side).sum(-1).flatten(1)
     require_finite("expected update", J, "A is not finite for some token of 32 ordinary prefixes")
-
     # Two prefixes joined in one, with ¼ and ¾ of its mass: every u stays, and so does every A(u).
     centred = lambda A: A - A.mean(-1, keepdim=True)
     joined = A(*(torch.cat([x[:16] + np.log(0.25), x[16:] + np.log(0.75)], -1) for x in (log_p, log_q)))
@@ -161,7 +96,6 @@ def judge(advantage: Callable[[Tensor, Tensor], Tensor], against: str = "reverse
         if (basis @ c - w).abs().max() <= 1e-8 * size:
             name = " + ".join(f"{k:.3g} {n}" for k, n in zip(c[:, 0].tolist(), names)).replace("+ -", "− ")
             break
-
     plus = of_u(d.unbiased)
     u, g, p = update(A, log_p, log_q), update(plus, log_p, log_q), log_p.exp()
     second = [(p * m(log_p, log_q) ** 2 * (1 - 2 * p + (p * p).sum(-1, True))).sum() for m in (A, plus)]  # E‖A ∇log p‖²

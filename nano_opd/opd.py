@@ -20,7 +20,7 @@ entry of divergences.py rises for u > 1, and there h bends down. Where f′(∞)
 bound: a token that the teacher likes brings p h(u) = q h(u)/u → −∞ as p → 0. This is the collapse.
 
 That every advantage A(u) is such a w_h is due to Go et al., arXiv 2302.08215, and Fawkes & Hartford, arXiv 2605.15417.
-What it says of the stop-gradient is derived here (judge.py has the proof).
+What it says of the stop-gradient is derived here (law.py has the proof).
 """
 
 import torch

@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -30,23 +31,29 @@ def shrink(notebook: nbformat.NotebookNode) -> None:
         data["image/png"] = base64.b64encode(file.getvalue()).decode()
 
 
+def execute(path: Path, write: bool) -> str:
+    """Run one notebook; its name and seconds. Raises CellExecutionError at the first cell that fails."""
+    notebook, started = nbformat.read(path, as_version=4), time.monotonic()
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True)
+    client.execute(cwd=FOLDER)
+    if write:
+        notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        shrink(notebook)
+        nbformat.write(notebook, path)
+    return f"{path.name}: {time.monotonic() - started:.0f} s"
+
+
 parser = argparse.ArgumentParser(description="Execute notebooks.")
 parser.add_argument("notebooks", nargs="*", type=Path)
 parser.add_argument("--quick", action="store_true")
 parser.add_argument("--write", action="store_true")
 options = parser.parse_args()
 os.environ["NANO_OPD_QUICK"] = str(int(options.quick))
-for path in options.notebooks or sorted(FOLDER.glob("*.ipynb")):
-    notebook, started = nbformat.read(path, as_version=4), time.monotonic()
-    try:
-        client = NotebookClient(
-            notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True
-        )
-        client.execute(cwd=FOLDER)
-    except CellExecutionError as error:
-        sys.exit(f"{path.name}: {error}")
-    if options.write:
-        notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-        shrink(notebook)
-        nbformat.write(notebook, path)
-    print(f"{path.name}: {time.monotonic() - started:.0f} s")
+with ThreadPoolExecutor(2) as pool:  # each notebook computes in one thread of a kernel of its own
+    futures = {pool.submit(execute, p, options.write): p for p in options.notebooks or sorted(FOLDER.glob("*.ipynb"))}
+    for future, path in futures.items():
+        try:
+            print(future.result(), flush=True)
+        except CellExecutionError as error:
+            pool.shutdown(cancel_futures=True)
+            sys.exit(f"{path.name}: {error}")

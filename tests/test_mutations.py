@@ -279,13 +279,16 @@ MUTATIONS = {
         ("self.position.weight[at]", "self.position.weight[:T]", "gpt: cached_logits"),
         ("with autocast(enabled=False) if lower", "with autocast() if lower", "wires: dtype"),
     ],
-    "judge.py": [
+    "law.py": [
+        ("(1 - b) * torch.log1p", "b * torch.log1p", "judge: name_is_found"),
         ("* exp(-sx)", "* exp(sx)", "judge: generator_of"),
         ("exp(x) * x * (w", "x * (w", "judge: what_opd"),
         ("exp(-x) * (h(x) + rest(x))", "exp(-x) * h(x)", "judge: generator_of"),
         (".clamp(max=1)", "", "judge: updates_lead"),
         ("z + step, z)", "z - step, z)", "judge: updates_lead"),
         ("p * (A - (p * A).sum(-1, keepdim=True))", "p * A", "judge: expected_update"),
+    ],
+    "judge.py": [
         ("(J - J.mT).norm", "(J + J.mT).norm", "judge: asymmetry"),
         ("(work.sum(1).abs()", "(work.sum(1).abs() * 0", "judge: jump"),
         ("corners.roll(-1, 1)", "corners.roll(1, 0)", "judge: jump"),
@@ -293,7 +296,6 @@ MUTATIONS = {
         ("centred = lambda A: A - A.mean(-1, keepdim=True)", "centred = lambda A: A", "judge: more_than_u"),
         ("of[..., 0] - of[..., 1]", "of[..., 0]", "judge: more_than_u"),
         ("diff() < -1e-9 * size", "diff() > 1e-9 * size", "judge: h_bends"),
-        ("(1 - b) * torch.log1p", "b * torch.log1p", "judge: name_is_found"),
         ("combinations(NAMED, 2)]", "[]]", "judge: name_is_found"),
         ("(1 - 2 * p + ", "(1 - p + ", "judge: exact_measures"),
         ("(u - g).norm()", "(u + g).norm()", "judge: exact_measures"),
