@@ -323,7 +323,9 @@ def test_a_bad_command_line_is_refused_once(tmp_path):
 )
 def test_what_two_processes_cannot_share_is_refused(arguments, message, capsys, monkeypatch):
     assert isinstance(config.parse(arguments.split()), config.Config) or "5" in arguments
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    of_torchrun = {"WORLD_SIZE": 2, "RANK": 0, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_PORT": 29500}
+    for name, value in (of_torchrun | {"MASTER_ADDR": "localhost"}).items():
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(SystemExit) as end:
         config.parse(arguments.split())
     assert end.value.code == 2 and message in capsys.readouterr().err

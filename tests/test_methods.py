@@ -574,7 +574,7 @@ def test_accuracy_is_sampled_and_greedy_accuracy_greedy(tmp_path, monkeypatch):
             tokens[i, prompts.shape[1] :] = torch.tensor(response + [PAD] * (R - len(response)))
         return dataclasses.replace(got, tokens=tokens, mask=tokens[:, prompts.shape[1] :] != PAD) if greedy else got
 
-    monkeypatch.setattr(train, "sampler", lambda device, compile="off": sample)
+    monkeypatch.setattr(train, "sampler", lambda device, compile, seldom: sample)
     with_rows, trained = [], train.train
     monkeypatch.setattr(train, "train", lambda run, *models: with_rows.append(run) or trained(run, *models))
     train.main([*RUN, "--student-steps", "0", "--out-dir", str(tmp_path)])

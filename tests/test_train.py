@@ -391,7 +391,10 @@ def test_compiling_for_a_cpu_without_a_compiler_is_refused(missing, monkeypatch,
         monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(SystemExit) as stopped:
         config.parse(["--compile", "on", "--device", "cpu"])
-    assert stopped.value.code == 2 and "needs a C++ compiler and Python's headers" in capsys.readouterr().err
+    assert (
+        stopped.value.code == 2
+        and "needs a C++ compiler, or Triton and a C compiler on a GPU, and Python's headers" in capsys.readouterr().err
+    )
     assert config.parse(["--compile", "auto", "--device", "cpu"]).compile == "auto"
 
 
