@@ -1,8 +1,8 @@
 """What perfect credit would bring in training: the update of train.py with the advantage of an oracle.
 
 Every arm gets a batch of GRPO's and says how much of its credit or blame each token gets. It may know what no method
-knows: the worked solution, or the value of every prefix. `reproduce.py credit` puts its update in the place of
-train.update, with GRPO's rollouts, learning rate and warm start.
+knows: the worked solution, or the value of every prefix. `reproduce.py credit` trains with it in the place of RLSD's
+advantage: the same problems, draws, scores and steps.
 
 The value is exact where an answer is right only in the way that was taught. Until its first mistake
 
@@ -13,89 +13,105 @@ token, which gets all of its reward.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from unittest import mock
 
 import credit
 import torch
 from torch import Tensor
 
-from nano_opd import arithmetic, grpo, opsd, policy_gradient, rlsd, sft
-from nano_opd.evaluate import response_texts, rewards
+from nano_opd import arithmetic, grpo, policy_gradient, rlsd, sft
 from nano_opd.gpt import GPT
-from nano_opd.rollout import Rollout, response_logprobs, score
+from nano_opd.methods import METHODS, Loss, Scored
+from nano_opd.rollout import response_logprobs
 from nano_opd.system.config import Config
 from nano_opd.system.streams import draw_batch, torch_stream
+from nano_opd.tokenizer import decode
 
 
 @dataclass(frozen=True)
 class Judged:
-    """B responses, the G to one problem standing together, and what is known of them."""
+    """B responses, scored by student and self-teacher, and what only an oracle knows of them."""
 
+    s: Scored
     student: GPT
     problems: list[arithmetic.Problem]
-    rollout: Rollout
-    R: Tensor  # (B,) of the verifier
-    rate: Tensor  # (B,) how much of the problem's group is right, kept half a response away from 0 and 1
-    A: Tensor  # (B,) GRPO's advantage
-    student_logp: Tensor  # (B, R) log P_S of each token
-    teacher_logp: Tensor  # (B, R) log P_T of each token, of the self-teacher that reads a reference
+    group_size: int
     generator: torch.Generator
 
     @property
-    def evidence(self) -> tuple[Tensor, ...]:
-        """What rlsd.advantage reads first."""
-        return self.A, self.teacher_logp, self.student_logp, self.rollout.mask
+    def rate(self) -> Tensor:
+        """(B,) how much of the problem's group is right."""
+        return credit.success_rate(self.s.rewards, self.group_size)
+
+    @property
+    def A(self) -> Tensor:
+        """(B,) GRPO's advantage."""
+        return grpo.advantage(self.s.rewards, self.group_size)
+
+    @property
+    def gain(self) -> Tensor:
+        """(B, R) log P_T − log P_S of each token; a constant."""
+        return torch.where(self.s.mask, self.s.teacher_logp - self.s.old_logp, 0.0)
+
+    def values(self) -> Tensor:
+        """V along every response."""
+        return values(self.student, self.problems, self.s.tokens, self.s.mask, self.s.rewards)
+
+    def weighted(self, gain: Tensor, lam: float, eps_w: float) -> Tensor:
+        """RLSD's advantage with the weight w = e^gain of a right response, e^−gain of a wrong one."""
+        return rlsd.advantage(self.A, gain, torch.zeros_like(gain), self.s.mask, lam, eps_w)
+
+    def scaled(self, A: Tensor) -> Tensor:
+        """A token's change of the value in standard deviations of the reward, as GRPO's A is."""
+        return A / (self.rate * (1 - self.rate)).sqrt()[:, None]
 
 
 @torch.no_grad()
-def values(student: GPT, problems: list[arithmetic.Problem], rollout: Rollout) -> Tensor:
-    """V(s_1) … V(s_R), R(y) along every response, (B, R+1), as defined above; R(y) after the EOS."""
-    P, size = rollout.prompt_length, rollout.mask.shape[1]
+def values(
+    student: GPT, problems: list[arithmetic.Problem], responses: Tensor, mask: Tensor, rewards: Tensor
+) -> Tensor:
+    """V(s_1) … V(s_R), R(y) along the responses (B, R), (B, R+1), as defined above; R(y) after the EOS."""
     tokens = sft.solution_tokens(problems, styles=["blank"] * len(problems))
+    P = arithmetic.prompt_length(problems[0].digits, slot=True)
     rest = response_logprobs(student, tokens, P).flip(1).cumsum(1).flip(1).exp()  # (B, S) p_θ(what is still to come)
     S = rest.shape[1]
-    follows = (rollout.responses[:, :S] == tokens[:, P:]).cumprod(1)  # (B, S) up to and with token n
-    V = torch.zeros(len(rest), size + 1)
+    follows = (responses[:, :S] == tokens[:, P:]).cumprod(1)  # (B, S) up to and with token n
+    V = torch.zeros(len(rest), mask.shape[1] + 1)
     V[:, 0] = rest[:, 0]
     V[:, 1:S] = follows[:, :-1] * rest[:, 1:]
-    ended = torch.cat([torch.zeros_like(rollout.mask[:, :1]), ~rollout.mask[:, 1:], torch.ones(len(V), 1).bool()], 1)
-    return torch.where(ended, rewards(problems, rollout)[:, None], V)
+    ended = torch.cat([torch.zeros_like(mask[:, :1]), ~mask[:, 1:], torch.ones(len(V), 1).bool()], 1)
+    return torch.where(ended, rewards[:, None], V)
 
 
 def exact(b: Judged) -> Tensor:
-    """A_n = V(s_{n+1}) − V(s_n), the most that is to be known. Like GRPO's A, in standard deviations of the reward."""
-    return _scaled(values(b.student, b.problems, b.rollout), b.rate)
+    """A_n = V(s_{n+1}) − V(s_n), the most that is to be known."""
+    return b.scaled(b.values().diff())
 
 
 def running(b: Judged) -> Tensor:
     """The same with OPPO's running V, of the self-teacher's evidence."""
-    log_w = torch.where(b.rollout.mask, b.teacher_logp - b.student_logp, 0.0)
-    return credit.running_advantage(log_w, b.rate) / (b.rate * (1 - b.rate)).sqrt()[:, None]
-
-
-def _scaled(V: Tensor, rate: Tensor) -> Tensor:
-    return V.diff() / (rate * (1 - rate)).sqrt()[:, None]
+    return b.scaled(credit.running_advantage(b.gain, b.rate))
 
 
 def ideal(b: Judged, lam: float, eps_w: float) -> Tensor:
     """RLSD with the weights of an ideal teacher, the student given right: w_n = V(s_{n+1})/V(s_n), 1 where V is 0."""
-    V = values(b.student, b.problems, b.rollout)
+    V = b.values()
     w = torch.where(V[:, :-1] > 0, V[:, 1:] / V[:, :-1].clamp(min=1e-30), 1.0)
-    log_w = w.clamp(1e-20, 1e20).log()
-    return rlsd.advantage(b.A, log_w, torch.zeros_like(log_w), b.rollout.mask, lam, eps_w)
+    return b.weighted(w.clamp(1e-20, 1e20).log(), lam, eps_w)
 
 
 def less_its_one(b: Judged) -> Tensor:
     """RLSD with λ = ε_w = 1 and the real self-teacher, without the 1 of w = 1 + A/V."""
-    return rlsd.advantage(*b.evidence, 1.0, 1.0) - b.A[:, None]
+    return b.weighted(b.gain, 1.0, 1.0) - b.A[:, None]
 
 
 def first_mistake(b: Judged) -> Tensor:
     """All of a wrong response's blame on its first wrong token; a right response is credited as in GRPO."""
-    A = b.A[:, None].repeat(1, b.rollout.mask.shape[1])
-    for row, (problem, text) in enumerate(zip(b.problems, response_texts(b.rollout))):
-        n = credit.first_wrong_token(problem, text)
+    A = b.A[:, None].repeat(1, b.s.mask.shape[1])
+    for row, (problem, tokens) in enumerate(zip(b.problems, b.s.tokens.tolist())):
+        n = credit.first_wrong_token(problem, decode(tokens))
         if A[row, 0] < 0 and n is not None:
             A[row] = A[row].where(torch.arange(A.shape[1]) == n, 0.0)
     return A
@@ -103,9 +119,8 @@ def first_mistake(b: Judged) -> Tensor:
 
 def dealt_anew(b: Judged) -> Tensor:
     """The floor: RLSD at the paper's setting, its weights dealt out at random among the tokens of the response."""
-    order = torch.rand(b.rollout.mask.shape, generator=b.generator).masked_fill(~b.rollout.mask, 2.0).argsort(1)
-    gain = (b.teacher_logp - b.student_logp).gather(1, order)
-    return rlsd.advantage(b.A, gain, torch.zeros_like(gain), b.rollout.mask, 0.5, 0.2)
+    order = torch.rand(b.s.mask.shape, generator=b.generator).masked_fill(~b.s.mask, 2.0).argsort(1)
+    return b.weighted(b.gain.gather(1, order), 0.5, 0.2)
 
 
 ARMS: dict[str, Callable[[Judged], Tensor]] = {
@@ -119,23 +134,14 @@ ARMS: dict[str, Callable[[Judged], Tensor]] = {
 }
 
 
-def update(arm: str, cfg: Config, step: int, student: GPT, teacher: GPT, optimizer: torch.optim.Optimizer, sample):
-    """train.update for an arm: the same problems, references, draws and optimizer, and the oracle's advantage."""
-    problems, prompts, teacher_prompts = draw_batch(cfg, step, student.device)
-    rollout = sample(student, prompts, cfg.response_cap, torch_stream(cfg.seed, "rollout", step))
-    R = rewards(problems, rollout)
-    with torch.no_grad():
-        view = opsd.privileged_view(rollout.tokens, rollout.prompt_length, teacher_prompts)
-        teacher_logp, _ = score(teacher, *view)
-    student_logp, _ = score(student, rollout.tokens, rollout.prompt_length)
+def update(of_method: Callable[..., dict], arm: str, cfg: Config, step: int, student: GPT, *rest) -> dict:
+    """train.update, which is `of_method`, with the oracle's advantage in the place of its method's; all else stays."""
 
-    G = cfg.group_size
-    rate = R.view(-1, G).mean(1).clamp(0.5 / G, 1 - 0.5 / G).repeat_interleave(G)
-    generator = torch_stream(cfg.seed, "credit", step)
-    known = problems, rollout, R, rate, grpo.advantage(R, G), student_logp.detach(), teacher_logp, generator
-    loss = policy_gradient.loss(student_logp, ARMS[arm](Judged(student, *known)), rollout.mask)
-    optimizer.zero_grad()
-    loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), float("inf"))
-    optimizer.step()
-    return {"loss": loss, "grad_norm": grad_norm, "reward": R.mean(), "zero_groups": grpo.zero_fraction(R, G)}
+    def loss(s: Scored) -> Loss:
+        problems, generator = draw_batch(cfg, s.step, student.device)[0], torch_stream(cfg.seed, "credit", s.step)
+        A = ARMS[arm](Judged(s, student, problems, cfg.group_size, generator))
+        measured = {"reward": s.rewards.mean(), "zero_groups": grpo.zero_fraction(s.rewards, cfg.group_size)}
+        return policy_gradient.loss(s.student_logp, A, s.mask), measured
+
+    with mock.patch.dict(METHODS, {cfg.method: replace(METHODS[cfg.method], loss=loss)}):
+        return of_method(cfg, step, student, *rest)

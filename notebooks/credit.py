@@ -41,6 +41,12 @@ def token_credit(advantage: Tensor, mask: Tensor, token: Tensor) -> tuple[Tensor
     return ratio, top.gather(1, here).squeeze(1) / top.sum(1)
 
 
+def success_rate(rewards: Tensor, group_size: int) -> Tensor:
+    """How much of each response's group is right, (B,), kept half a response away from 0 and 1."""
+    G = group_size
+    return rewards.view(-1, G).mean(1).clamp(0.5 / G, 1 - 0.5 / G).repeat_interleave(G)
+
+
 KINDS = ("operand", "separator", "carry", "digit", "answer")
 
 

@@ -284,7 +284,7 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
         sys.path.insert(0, str(ROOT))
     import train
 
-    update = partial(ceiling.update, run.oracle) if run.oracle in ceiling.ARMS else train.update
+    update = partial(ceiling.update, train.update, run.oracle) if run.oracle in ceiling.ARMS else train.update
     started, stderr = time.monotonic(), io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
         try:

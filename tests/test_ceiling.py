@@ -10,11 +10,13 @@ import torch
 from conftest import new_model
 
 import train
-from nano_opd import arithmetic, rlsd, sft
+from nano_opd import arithmetic, grpo, rlsd, sft
+from nano_opd.evaluate import rewards
+from nano_opd.methods import Scored
 from nano_opd.rollout import response_logprobs, sample
 from nano_opd.system import config
 from nano_opd.system.streams import draw_batch
-from nano_opd.tokenizer import EOS, PAD, encode
+from nano_opd.tokenizer import EOS, PAD, decode, encode
 
 CFG = config.parse("--method rlsd --digits 2 --batch-size 16 --lr 0.01".split())
 
@@ -32,25 +34,31 @@ def judged():
         tokens = (encode(text) + [EOS] + [PAD] * 99)[: CFG.response_cap]
         rollout.responses[row] = torch.tensor(tokens)
         rollout.mask[row] = torch.arange(CFG.response_cap) <= len(text)
-    R = ceiling.rewards(problems, rollout)
+    R = rewards(problems, rollout)
     assert R[:6].tolist() == [1, 0, 0, 0, 1, 1]
     generator = torch.Generator().manual_seed(1)
     logp, teacher_logp = -torch.rand(2, *rollout.mask.shape, generator=generator)
-    rate = R.view(-1, 4).mean(1).clamp(0.125, 0.875).repeat_interleave(4)
-    A = ceiling.grpo.advantage(R, 4)
-    return ceiling.Judged(model, problems, rollout, R, rate, A, logp, teacher_logp, generator)
+    scored = Scored(rollout.responses, rollout.mask, logp, logp, teacher_logp, rewards=R)
+    return ceiling.Judged(scored, model, problems, 4, generator)
+
+
+def test_the_oracle_knows_the_groups_and_the_evidence(judged):
+    R, s = judged.s.rewards, judged.s
+    assert torch.equal(judged.rate, R.view(-1, 4).mean(1).clamp(0.125, 0.875).repeat_interleave(4))
+    assert torch.equal(judged.A, grpo.advantage(R, 4))
+    assert torch.equal(judged.gain, torch.where(s.mask, s.teacher_logp - s.student_logp, 0.0))
 
 
 def test_the_value_is_the_chance_to_go_on_as_taught(judged):
-    V = ceiling.values(judged.student, judged.problems, judged.rollout)
+    V = judged.values()
     solutions = sft.solution_tokens(judged.problems, styles=["blank"] * 16)
-    P = judged.rollout.prompt_length
+    P = CFG.prompt_length
     logp = response_logprobs(judged.student, solutions, P)
-    for row, mask in enumerate(judged.rollout.mask):
-        solution, written = solutions[row, P:].tolist(), judged.rollout.responses[row][mask].tolist()
+    for row, mask in enumerate(judged.s.mask):
+        solution, written = solutions[row, P:].tolist(), judged.s.tokens[row][mask].tolist()
         for n in range(len(mask) + 1):
             if n >= len(written):
-                want = judged.R[row]
+                want = judged.s.rewards[row]
             else:
                 want = logp[row, n:].sum().exp() * (written[:n] == solution[:n])
             torch.testing.assert_close(V[row, n], torch.as_tensor(want).float(), msg=f"{row=} {n=}")
@@ -59,27 +67,25 @@ def test_the_value_is_the_chance_to_go_on_as_taught(judged):
 
 def test_exact_credit_adds_up_to_the_surprise_and_blames_the_mistake(judged):
     A = ceiling.exact(judged) * (judged.rate * (1 - judged.rate)).sqrt()[:, None]
-    V = ceiling.values(judged.student, judged.problems, judged.rollout)
-    torch.testing.assert_close(A.sum(1), judged.R - V[:, 0])
+    V = judged.values()
+    torch.testing.assert_close(A.sum(1), judged.s.rewards - V[:, 0])
     assert (A[0] >= 0).all() and A[1].argmin() == 5 and (A[1, 6:] == 0).all()
-    assert A[4].argmax() == judged.rollout.mask[4].sum() - 1  # right without work: all of it on the last token
+    assert A[4].argmax() == judged.s.mask[4].sum() - 1  # right without work: all of it on the last token
 
 
 def test_the_ideal_weights_multiply_to_the_reward_over_the_value(judged):
     wide = ceiling.ideal(judged, 1.0, 1e9)[0] / judged.A[0]
-    V = ceiling.values(judged.student, judged.problems, judged.rollout)
+    V = judged.values()
     assert judged.A[0] > 0
-    torch.testing.assert_close(wide[judged.rollout.mask[0]].prod(), 1 / V[0, 0], rtol=1e-3, atol=0)
+    torch.testing.assert_close(wide[judged.s.mask[0]].prod(), 1 / V[0, 0], rtol=1e-3, atol=0)
     blame = ceiling.ideal(judged, 1.0, 1.0)[1] / judged.A[1]  # of a wrong response: at most twice, at the mistake
-    assert (
-        judged.A[1] < 0 and blame.argmax() == 5 and blame[5] == 2 and (blame[6:][judged.rollout.mask[1, 6:]] == 1).all()
-    )
+    assert judged.A[1] < 0 and blame.argmax() == 5 and blame[5] == 2 and (blame[6:][judged.s.mask[1, 6:]] == 1).all()
 
 
 def test_the_other_arms_by_their_definitions(judged):
-    mask, A = judged.rollout.mask, judged.A[:, None]
+    mask, A = judged.s.mask, judged.A[:, None]
     first = ceiling.first_mistake(judged)
-    for row, text in enumerate(ceiling.response_texts(judged.rollout)):
+    for row, text in enumerate(map(decode, judged.s.tokens.tolist())):
         n = credit.first_wrong_token(judged.problems[row], text)
         blamed = judged.A[row] < 0 and n is not None
         want = (
@@ -88,31 +94,31 @@ def test_the_other_arms_by_their_definitions(judged):
             else torch.ones(mask.shape[1])
         )
         assert torch.equal(first[row], judged.A[row] * want)
-    plain = rlsd.advantage(*judged.evidence, 0.5, 0.2)
+    plain = rlsd.advantage(judged.A, judged.s.teacher_logp, judged.s.student_logp, mask, 0.5, 0.2)
     dealt = ceiling.dealt_anew(judged)
     assert not torch.equal(plain, dealt) and (dealt[~mask] == 0).all()
     for row in range(len(mask)):
         assert torch.allclose(plain[row, mask[row]].sort().values, dealt[row, mask[row]].sort().values)
     less = ceiling.less_its_one(judged)
-    w = (judged.teacher_logp - judged.student_logp).mul(A.sign()).exp().clamp(0, 2)
+    w = (judged.s.teacher_logp - judged.s.student_logp).mul(A.sign()).exp().clamp(0, 2)
     torch.testing.assert_close(less[mask], (A * (w - 1))[mask])
-    log_odds = torch.logit(judged.rate) + torch.where(mask, judged.teacher_logp - judged.student_logp, 0.0).sum(1)
+    log_odds = torch.logit(judged.rate) + torch.where(mask, judged.s.teacher_logp - judged.s.student_logp, 0.0).sum(1)
     total = ceiling.running(judged).sum(1) * (judged.rate * (1 - judged.rate)).sqrt()
     torch.testing.assert_close(total, log_odds.sigmoid() - judged.rate)
 
 
 @pytest.mark.parametrize(
-    "method,arm", [("grpo", lambda b: b.A[:, None]), ("rlsd", lambda b: rlsd.advantage(*b.evidence, 0.5, 0.2))]
+    "method,arm", [("grpo", lambda b: b.A[:, None]), ("rlsd", lambda b: b.weighted(b.gain, 0.5, 0.2))]
 )
 def test_an_arm_with_a_methods_advantage_is_that_method(method, arm, monkeypatch):
     """The same problems, references, draws, scores and step: the arms differ from a method in the advantage alone."""
     cfg = config.parse(f"--method {method} --digits 2 --batch-size 16 --lr 0.01".split())
     start, teacher = (new_model(CFG.prompt_length + CFG.response_cap, n_layer=1, n_embd=16) for _ in range(2))
     monkeypatch.setattr(train, "rewards", lambda problems, rollout: (rollout.responses.sum(1) % 3 == 0).float())
-    monkeypatch.setattr(ceiling, "rewards", train.rewards)
-    monkeypatch.setitem(ceiling.ARMS, "own", arm)
+    asked = []
+    monkeypatch.setitem(ceiling.ARMS, "own", lambda b: (asked.append(b.problems), arm(b))[1])
     ends = []
-    for update in (train.update, partial(ceiling.update, "own")):
+    for update in (train.update, partial(ceiling.update, train.update, "own")):
         student = copy.deepcopy(start)
         measured = update(cfg, 3, student, teacher, sft.adamw(student, cfg.lr), sample)
         ends.append((student.state_dict(), measured))
@@ -121,10 +127,11 @@ def test_an_arm_with_a_methods_advantage_is_that_method(method, arm, monkeypatch
     assert not torch.equal(first["embedding.weight"], start.embedding.weight)
     for name in ("grad_norm", "reward", "zero_groups"):  # the loss is another number with the same gradient
         assert ends[0][1][name] == ends[1][1][name]
+    assert asked == [draw_batch(cfg, 3, torch.device("cpu"))[0]]
 
 
 def test_every_arm_takes_a_step(judged):
     for arm in ceiling.ARMS:
         student, teacher = (copy.deepcopy(judged.student) for _ in range(2))
-        measured = ceiling.update(arm, CFG, 0, student, teacher, sft.adamw(student, 1e-3), sample)
+        measured = ceiling.update(train.update, arm, CFG, 0, student, teacher, sft.adamw(student, 1e-3), sample)
         assert set(measured) == {"loss", "grad_norm", "reward", "zero_groups"} and torch.isfinite(measured["loss"])

@@ -364,14 +364,18 @@ MUTATIONS = {
     "../notebooks/ceiling.py": [
         (".flip(1).cumsum(1).flip(1)", ".cumsum(1)", "ceiling: go_on_as_taught"),
         (".cumprod(1)", "", "ceiling: go_on_as_taught"),
-        ("ended, rewards(problems, rollout)[:, None], V", "ended, 0.0, V", "ceiling: go_on_as_taught"),
-        ("return V.diff() /", "return -V.diff() /", "ceiling: adds_up"),
+        ("ended, rewards[:, None], V", "ended, 0.0, V", "ceiling: go_on_as_taught"),
+        ("b.scaled(b.values().diff())", "-b.scaled(b.values().diff())", "ceiling: adds_up"),
         ("V[:, 1:] / V[:, :-1]", "V[:, :-1] / V[:, 1:]", "ceiling: ideal_weights"),
         ("1.0, 1.0) - b.A[:, None]", "1.0, 1.0)", "ceiling: other_arms"),
         ("if A[row, 0] < 0 and", "if A[row, 0] > 0 and", "ceiling: other_arms"),
-        ("masked_fill(~b.rollout.mask, 2.0)", "masked_fill(b.rollout.mask, 2.0)", "ceiling: other_arms"),
-        ('"rollout", step)', '"rollout", 0)', "ceiling: methods_advantage"),
-        ("prompt_length, teacher_prompts)", "prompt_length, prompts)", "ceiling: methods_advantage"),
+        ("masked_fill(~b.s.mask, 2.0)", "masked_fill(b.s.mask, 2.0)", "ceiling: other_arms"),
+        ("draw_batch(cfg, s.step,", "draw_batch(cfg, 0,", "ceiling: methods_advantage"),
+        (
+            "self.s.teacher_logp - self.s.old_logp",
+            "self.s.old_logp - self.s.teacher_logp",
+            "ceiling: groups_and_the_evidence",
+        ),
     ],
 }
 CASES = [(file, *mutation) for file, mutations in MUTATIONS.items() for mutation in mutations]

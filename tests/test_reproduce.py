@@ -67,7 +67,9 @@ def test_the_commit_is_named_and_so_is_a_changed_file(tmp_path, monkeypatch):
 def test_an_oracle_is_in_the_place_of_the_update(tiny, monkeypatch):
     """Under its own name or at another start, for its own run alone."""
     asked, update = [], train.update
-    monkeypatch.setattr(reproduce.ceiling, "update", lambda arm, *rest: (asked.append(arm), update(*rest))[1])
+    monkeypatch.setattr(
+        reproduce.ceiling, "update", lambda of_method, arm, *rest: (asked.append(arm), of_method(*rest))[1]
+    )
     tiny(
         f"{TINY} --steps 2",
         **{"exact A": "--method grpo", "running value from 7": "--method grpo", "grpo": "--method grpo"},
