@@ -143,14 +143,18 @@ def prompt(problem: Problem, slot: str | None = None) -> str:
 
 def reference(problem: Problem, style: str) -> str:
     """What the slot holds: "work" or "cite", or "blank" for the student. Raises ValueError for another style."""
+    _require_reference(style, *REFERENCES, "blank")
     *columns, answer = steps(problem)
     if style == "work":
         return "".join(column[-3:-1] for column in columns) + answer
     if style == "cite":
         return CITE.ljust(2 * problem.digits, BLANK) + answer
-    if style == "blank":
-        return BLANK * slot_length(problem.digits)
-    raise ValueError(f"unknown reference {style!r}; choose from {', '.join(REFERENCES)}, blank")
+    return BLANK * slot_length(problem.digits)
+
+
+def _require_reference(name: str, *known: str) -> None:
+    if name not in known:
+        raise ValueError(f"unknown reference {name!r}; choose from {', '.join(known)}")
 
 
 def draw_references(problems: list[Problem], group_size: int, rng: np.random.Generator, which: str) -> list[str]:
@@ -162,8 +166,7 @@ def draw_references(problems: list[Problem], group_size: int, rng: np.random.Gen
 
     Raises ValueError for another `which`, or to shuffle a single group.
     """
-    if which not in ("true", *REFERENCES, "shuffled", "none"):
-        raise ValueError(f"unknown reference {which!r}; choose from true, work, cite, shuffled, none")
+    _require_reference(which, "true", *REFERENCES, "shuffled", "none")
     groups = problems[::group_size]
     if which == "shuffled" and len(groups) < 2:
         raise ValueError("one group has no other whose reference it could be given: use two or more")
@@ -194,8 +197,8 @@ def solution(problem: Problem, style: str | None = None) -> str:
 
     Raises ValueError for another style than those of `reference`, and for operands that the task does not have.
     """
-    if style not in (None, "blank", *REFERENCES):
-        raise ValueError(f"unknown reference {style!r}; choose from {', '.join(REFERENCES)}, blank")
+    if style is not None:
+        _require_reference(style, *REFERENCES, "blank")
     return CITE + steps(problem)[-1] if style == "cite" else "".join(steps(problem))
 
 

@@ -112,8 +112,10 @@ def evaluate(
         measured["entropy"].append(-(p * student_logp).sum(-1)[mask[rows]])
         if reference_slot:
             measured.setdefault("information_gap", []).append(opsd.information_gap(teacher_logp)[mask[rows]])
-    cited = [arithmetic.cites(text) for text in response_texts(rollout)]
-    leaks = {"leak_rate": sum(cited) / len(cited)} if reference_slot else {}
+    leaks = {}
+    if reference_slot:
+        cited = [arithmetic.cites(text) for text in response_texts(rollout)]
+        leaks["leak_rate"] = sum(cited) / len(cited)
     return leaks | {
         "accuracy": rewards(problems, rollout).mean().item(),
         "greedy_accuracy": rewards(problems, greedy).mean().item(),

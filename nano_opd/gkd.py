@@ -12,7 +12,7 @@ variance. With `stop_gradient` it is the mean of OPD's instead: that estimator's
 from torch import Tensor
 
 from nano_opd.divergences import Divergence
-from nano_opd.policy_gradient import a_few_at_a_time
+from nano_opd.policy_gradient import a_few_at_a_time, log_probs_within
 from nano_opd.system.checks import require_batch, require_no_nan, require_same_shape
 
 
@@ -32,15 +32,14 @@ def loss(
     require_batch(mask, student_logits=student_logits[..., 0])
 
     def divergences(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
-        behind = ~mask.unsqueeze(-1)  # equal there, so that f(1) = 0, and no NaN comes into the gradient
-        student_logp = student_logits.masked_fill(behind, 0.0).log_softmax(-1)
-        teacher_logp = teacher_logits.masked_fill(behind, 0.0).log_softmax(-1)
+        student_logp = log_probs_within(student_logits, mask)
+        teacher_logp = log_probs_within(teacher_logits, mask)  # the same behind the mask, where f(1) = 0
         f = divergence.f(teacher_logp - student_logp)  # (B, R, V)
         if stop_gradient:
             f = f.detach()  # drops p ∇f(u) = −u f′(u) ∇p: the whole difference between OPD and OPD+
         return (student_logp.exp() * f).sum(-1)
 
-    # The detach drops nothing: the teacher is not trained.
-    total = a_few_at_a_time(divergences, student_logits, teacher_logits.detach(), mask).sum() / len(mask)
+    given = student_logits, teacher_logits.detach(), mask  # drops nothing: the teacher is not trained
+    total = a_few_at_a_time(divergences, *given).sum() / len(mask)
     require_no_nan("divergence", total)
     return total

@@ -84,10 +84,15 @@ def mean_over_vocabulary(
         student_logp = student_logits.log_softmax(-1)
         return (student_logp.exp() * advantage(teacher_logits.log_softmax(-1) - student_logp)).sum(-1)
 
-    # The detach drops nothing: a baseline is a constant, and the teacher is not trained.
-    mean = a_few_at_a_time(mean_of, student_logits.detach(), teacher_logits.detach())
+    given = student_logits.detach(), teacher_logits.detach()  # drops nothing: a baseline is a constant
+    mean = a_few_at_a_time(mean_of, *given)
     require_no_nan("baseline", mean)
     return mean
+
+
+def log_probs_within(logits: Tensor, mask: Tensor) -> Tensor:
+    """log-probs of logits, both (B, R, V). Behind the mask they are uniform: NaN there reaches no value or gradient."""
+    return logits.masked_fill(~mask.unsqueeze(-1), 0.0).log_softmax(-1)
 
 
 def a_few_at_a_time(sum_over_vocabulary: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:

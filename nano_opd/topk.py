@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nano_opd.policy_gradient import a_few_at_a_time, reduce
+from nano_opd.policy_gradient import a_few_at_a_time, log_probs_within, reduce
 from nano_opd.system.checks import require_batch, require_same_shape
 
 
@@ -50,9 +50,7 @@ def loss(
     require_same_shape(tokens=tokens, mask=mask)
 
     def terms(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        behind = ~mask.unsqueeze(-1)  # equal there, so that no NaN comes into the gradient
-        student_logp = student_logits.masked_fill(behind, 0.0).log_softmax(-1)
-        teacher_logp = teacher_logits.masked_fill(behind, 0.0).log_softmax(-1)
+        student_logp, teacher_logp = log_probs_within(student_logits, mask), log_probs_within(teacher_logits, mask)
         p = student_logp.detach().exp()  # drops ∇p A: the mean of A ∇log p is wanted, not the gradient of a mean
         A = advantage(teacher_logp - student_logp.detach())  # drops p ∇A, as policy_gradient.loss does
         top = torch.zeros_like(p).scatter(-1, teacher_logp.topk(min(k, p.shape[-1])).indices, 1.0)

@@ -22,7 +22,7 @@ from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.methods import METHODS, Scored
 from nano_opd.rollout import Rollout, score
 from nano_opd.system.config import Config
-from nano_opd.system.console import accept_any_text
+from nano_opd.system.console import Parser, accept_any_text
 from nano_opd.system.device import compiled, has_compiler, keep_freed_memory, resolve
 from nano_opd.system.fast_rollout import sampler
 from nano_opd.tokenizer import EOS
@@ -152,10 +152,9 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def parse(parser: argparse.ArgumentParser, arguments: list[str] | None, path: Path | None = None) -> argparse.Namespace:
+def parse(parser: Parser, arguments: list[str] | None, path: Path | None = None) -> argparse.Namespace:
     """What to measure, where, and the tables in --json. Bad input ends the program: one sentence, exit code 2."""
     accept_any_text()
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # without the page of usage
     parser.add_argument("--large", action="store_true", help="6×384 and 12×768 on a CPU too")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 by autocast")
@@ -190,7 +189,7 @@ def publish(name: str, rows: list[dict], args: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """One table of all sizes."""
-    args = parse(argparse.ArgumentParser("bench", description=__doc__, allow_abbrev=False), arguments)
+    args = parse(Parser("bench", description=__doc__, allow_abbrev=False), arguments)
     pairs = (new_pair(*size, P + R, args.device) for size in args.sizes)
     publish("phases", [row for pair in pairs for row in measure(*pair, B, args.dtype)[0]], args)
 

@@ -4,7 +4,6 @@ A few minutes. One update of every method is compared, sampling with CUDA graphs
 train.py go through every path once. Then come the tables of bench.py. All of it is in check.json: please send it in.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from bench import B, P, R, machine, markdown, measure, new_pair
+from bench import B, P, R, machine, markdown, measure, new_model, new_pair
 
 import train
 from nano_opd import arithmetic, rollout
@@ -21,7 +20,7 @@ from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS
 from nano_opd.rollout import Rollout, response_logprobs
 from nano_opd.system import config
-from nano_opd.system.console import accept_any_text
+from nano_opd.system.console import Parser, accept_any_text
 from nano_opd.system.device import has_compiler, resolve
 from nano_opd.system.fast_rollout import sampler
 from nano_opd.system.streams import draw_batch
@@ -37,13 +36,13 @@ def row(what: str, difference: float, within: float) -> dict:
 
 
 def models(cfg: config.Config, dtype: torch.dtype) -> tuple[GPT, GPT]:
-    """A student and a teacher with random weights on the CPU, none of them zero as some are before training."""
+    """A student and a teacher with random weights on the CPU."""
     torch.manual_seed(0)
-    made = [GPT(cfg.gpt(who)) for who in ("student", "student" if cfg.reference_slot else "teacher")]
+    sizes = [cfg.gpt(who) for who in ("student", "student" if cfg.reference_slot else "teacher")]
+    cpu = torch.device("cpu")
+    made = [new_model(c.n_layer, c.n_embd, c.block_size, cpu, c.vocab_size) for c in sizes]
     for model in made:
         model.precision = dtype
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=model.config.n_embd**-0.5)
     return made[0], made[1].requires_grad_(False)
 
 
@@ -55,7 +54,8 @@ def answers(cfg: config.Config, device: torch.device) -> Rollout:
         text = text if n % 2 else text[:-1] + str((int(text[-1]) + 1) % 10)
         rows.append((encode(text) + [EOS] + [PAD] * cfg.response_cap)[: cfg.response_cap])
     responses = torch.tensor(rows, device=device)
-    return Rollout(torch.cat([prompts, responses], 1), prompts.shape[1], responses != PAD, torch.zeros(responses.shape))
+    logp = torch.zeros(responses.shape, device=device)
+    return Rollout(torch.cat([prompts, responses], 1), prompts.shape[1], responses != PAD, logp)
 
 
 def gradient(cfg: config.Config, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -118,14 +118,14 @@ def runs(device: torch.device, folder: str) -> Iterator[dict]:
 def main(arguments: list[str] | None = None) -> None:
     """All checks, then the speed of each size; exit code 1 if a check fails."""
     accept_any_text()
-    parser = argparse.ArgumentParser("check_gpu", description=__doc__, allow_abbrev=False)
+    parser = Parser("check_gpu", description=__doc__, allow_abbrev=False)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<n>")
     parser.add_argument("--file", type=Path, default=ROOT / "check.json", help="what to write")
     args = parser.parse_args(arguments)
     try:
         device = resolve(args.device)
     except ValueError as error:
-        parser.exit(2, f"check_gpu: --device {error}\n")
+        parser.error(f"--device {error}")
     report = {"machine": machine(device, torch.float32), "checks": [], "speed": {}}
     if device.type == "cuda":
         report["machine"] += f", CUDA {torch.version.cuda}, {torch.cuda.get_device_properties(device)}"

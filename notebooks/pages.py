@@ -4,7 +4,6 @@ python notebooks/pages.py                      notebooks/results/ → its figure
 python notebooks/pages.py out/quick/results    another folder of results: its figures, and the tables printed
 """
 
-import argparse
 import functools
 import json
 import math
@@ -35,7 +34,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nano_opd import divergences, judge
-from nano_opd.system.console import accept_any_text
+from nano_opd.system.console import Parser, accept_any_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "notebooks" / "results"
@@ -228,9 +227,8 @@ def pages(folder: Path) -> dict[Path, str]:
 def main() -> None:
     """Write the figures and the READMEs, or the figures of another folder, and print its tables."""
     accept_any_text()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser("pages.py", description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, help="of CSVs (default: notebooks/results, into the READMEs)")
-    parser.error = lambda message: parser.exit(2, f"pages.py: {message}\n")
     folder = parser.parse_args().folder
     if folder and not (folder / "provenance.csv").exists():
         parser.error(f"{folder} holds no results: give the folder that reproduce.py wrote its CSVs to")

@@ -9,7 +9,6 @@ command can be stopped and given again. Each experiment ends in one CSV, the eva
 row of provenance.csv. What the numbers say is for claims.py and pages.py.
 """
 
-import argparse
 import contextlib
 import csv
 import io
@@ -34,7 +33,7 @@ import torch
 from bench import processor
 
 from nano_opd.system import config
-from nano_opd.system.console import accept_any_text
+from nano_opd.system.console import Parser, accept_any_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -319,8 +318,7 @@ def commit() -> str:
 def main() -> None:
     """Run what is missing, then write one CSV per experiment."""
     accept_any_text()
-    parser = argparse.ArgumentParser("reproduce.py", description=__doc__.split("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"reproduce.py: {message}\n")  # without the page of usage
+    parser = Parser("reproduce.py", description=__doc__.split("\n")[0])
     parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="two seeds of a miniature, to see that everything runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")

@@ -11,7 +11,6 @@ softmax, drawing, the optimizer. On a GPU the floor is replayed as one CUDA grap
 reading weights, keys and values takes.
 """
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from matplotlib.figure import Figure
 
 from nano_opd.gpt import GPTConfig, logprobs_of
 from nano_opd.rollout import response_logits, response_logprobs
+from nano_opd.system.console import Parser
 from nano_opd.system.device import has_compiler
 from nano_opd.system.fast_rollout import sampler
 
@@ -224,7 +224,7 @@ def scaling_figure(rows: Rows) -> Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what was asked for; unasked, speed and the large vocabulary."""
-    parser = argparse.ArgumentParser("speed", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("speed", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--peers", action="store_true", help="sampling beside other people's")
     parser.add_argument("--precision", action="store_true", help="from which width on bfloat16 is faster")
     parser.add_argument("--scaling", action="store_true", help="cost against response length and batch; a figure")

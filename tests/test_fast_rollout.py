@@ -165,23 +165,6 @@ def test_the_sampler_is_the_fastest_for_its_device(where, compile, chosen, monke
     assert calls[0][0] in ("plain", fast_rollout._captured) and (calls[0][0] == "plain") == (chosen != "captured")
 
 
-def test_a_fault_does_not_stay_in_a_kept_cache(prompts, monkeypatch):
-    """After weights that overflow, good ones draw as if nothing had been: 0 · NaN would be NaN in every later score."""
-    model = new_model(P + R)
-    draw = lambda: fast_rollout.sample(model, prompts, R, torch.Generator().manual_seed(1))
-    want = draw()
-    kept = fast_rollout._eager(model, (len(prompts), P, R), False)
-    monkeypatch.setattr(fast_rollout, "_eager", lambda *_: kept)
-    good = model.blocks[0].mlp_out.weight[0, 0].item()
-    with torch.no_grad():
-        model.blocks[0].mlp_out.weight[0, 0] = torch.nan
-        with pytest.raises(NumericalFault):
-            draw()
-        model.blocks[0].mlp_out.weight[0, 0] = good
-    assert any(x.isnan().any() for kv in kept[0].cache for x in kv)
-    require_same(draw(), want)
-
-
 class Recorded(TorchDispatchMode):
     """In the place of a CUDA graph: what is called while it is captured, and the same again, on the same tensors."""
 
@@ -213,6 +196,23 @@ def recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+
+def test_a_fault_does_not_stay_in_a_kept_cache(prompts, recorded):
+    """After weights that overflow, good ones draw as if nothing had been: 0 · NaN would be NaN in every later score."""
+    model = new_model(P + R)
+    captured = partial(fast_rollout.sample, new=fast_rollout._captured)
+    draw = lambda: captured(model, prompts, R, torch.Generator().manual_seed(1))
+    want = draw()
+    ((state, _),) = fast_rollout._graphs[model].values()
+    good = model.blocks[0].mlp_out.weight[0, 0].item()
+    with torch.no_grad():
+        model.blocks[0].mlp_out.weight[0, 0] = torch.nan
+        with pytest.raises(NumericalFault):
+            draw()
+        model.blocks[0].mlp_out.weight[0, 0] = good
+    assert any(x.isnan().any() for kv in state.cache for x in kv)
+    require_same(draw(), want)
 
 
 @pytest.mark.parametrize("P,R,precision", [(4, 12, torch.bfloat16), (1, 9, torch.float32), (58, 6, torch.bfloat16)])

@@ -16,6 +16,7 @@ from nano_opd.gpt import GPTConfig
 from nano_opd.methods import METHODS, Method
 from nano_opd.system import device, distributed, memory
 from nano_opd.system.checks import did_you_mean
+from nano_opd.system.console import Parser
 from nano_opd.tokenizer import VOCAB_SIZE
 
 
@@ -215,16 +216,9 @@ def readers(field: dataclasses.Field) -> list[str]:
     return [name for name, method in METHODS.items() if needs(method)] or list(METHODS)
 
 
-class _Parser(argparse.ArgumentParser):
-    speaks = True  # one of several processes does
-
-    def error(self, message: str):
-        self.exit(2, f"train.py: {message}\n" if self.speaks else None)  # without the page of usage
-
-
 def parse(arguments: list[str] | None = None) -> Config:
     """The configuration of a command line. Bad input ends the program: one sentence on stderr, exit code 2."""
-    parser = _Parser(
+    parser = Parser(
         "train.py",
         description="On-policy distillation of a small GPT on arithmetic.",
         argument_default=argparse.SUPPRESS,  # so that what was typed can be told from what was not

@@ -1,9 +1,19 @@
 """How what a program says reaches any console, and that no console can end a run."""
 
+import argparse
 import contextlib
 import os
 import sys
 from typing import TextIO
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are one sentence and exit code 2, without the page of usage."""
+
+    speaks = True  # one of several processes does
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n" if self.speaks else None)
 
 
 def accept_any_text() -> None:

@@ -50,9 +50,6 @@ def sample(
     responses = state.tokens[:, P:]  # a view: (B, R)
     state.tokens[:, :P] = prompts
     responses.fill_(PAD)
-    for kept in state.cache:  # what a fault left there would be in every later score: NaN · 0 is NaN
-        for keys_or_values in kept:
-            keys_or_values.zero_()
     state.uniform.uniform_(generator=generator)
     for first in range(0, R, TOKENS_AT_ONCE):
         extend(first)
@@ -157,4 +154,7 @@ def _captured(model: GPT, sizes: tuple[int, int, int], greedy: bool) -> tuple[_S
                 extend(first)
         of_model[key] = state, graphs  # not `extend`, which would keep the model, and so this entry, forever
     state, graphs = of_model[key]
+    for keys_and_values in state.cache:  # what a fault left there would be in every later score: NaN · 0 is NaN
+        for kept in keys_and_values:
+            kept.zero_()
     return state, lambda first: graphs[first].replay()
