@@ -29,7 +29,7 @@ def loss(
     Raises ValueError when the shapes do not agree, the mask is not bool, or the result is NaN.
     """
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    require_batch(mask, student_logits=student_logits[..., 0])
+    require_batch(mask, student_logits=student_logits[..., 0], teacher_logits=teacher_logits[..., 0])
 
     def divergences(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
         student_logp = log_probs_within(student_logits, mask)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nano_opd.system.checks import require_tokens
+
 LOGITS_AT_ONCE = 2**24  # numbers: 64 MiB of float32
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, both (B, H, T, D)
 
@@ -156,9 +158,10 @@ class GPT(nn.Module):
                  was cached before it
         targets  (B, T − logits_from): the log-probs of these tokens are returned in the place of logits, float32
 
-        Raises ValueError when the tokens do not fit in block_size, at a position for several tokens or no cache, for
-        logits_from outside 0 … T, or targets of another shape.
+        Raises ValueError unless the tokens are int64 (B, T), when they do not fit in block_size, at a position for
+        several tokens or no cache, for logits_from outside 0 … T, or targets of another shape.
         """
+        require_tokens(tokens=tokens)
         B, T = tokens.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit in block_size {self.config.block_size}")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, exp
 
 from nano_opd.divergences import DIVERGENCES, Divergence
+from nano_opd.system.checks import require_log_probs
 
 STUDENTS = torch.tensor([[a, b, 12 - a - b] for a in range(1, 12) for b in range(1, 12 - a)], dtype=torch.float64) / 12
 TEACHER = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
@@ -68,8 +69,10 @@ def paths(
     """Students (S, V), as logits, that follow the expected update: their probabilities on the way, (steps+1, S, V).
 
     A step is the update, but no longer than `size` in the logits: far from the teacher the way is the same, in more
-    steps. A student that has put 0.999 on one token stays there.
+    steps. A student that has put 0.999 on one token stays there. Raises ValueError unless
+    log_q, (V,) or (S, V), holds log-probs.
     """
+    require_log_probs(log_q=log_q)
     z, visited = starts, [starts.softmax(-1)]
     for _ in range(steps):
         step = update(advantage, z.log_softmax(-1), log_q)

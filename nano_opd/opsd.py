@@ -27,6 +27,8 @@ import math
 import torch
 from torch import Tensor
 
+from nano_opd.system.checks import require_log_probs
+
 
 def privileged_view(tokens: Tensor, prompt_length: int, teacher_prompts: Tensor) -> tuple[Tensor, int]:
     """The same responses after the teacher's prompts, (B, P′+R), and P′: what the teacher scores.
@@ -55,8 +57,7 @@ def information_gap(teacher_logp: Tensor) -> Tensor:
         raise ValueError(
             f"teacher_logp must be (K, B, R, V), one of K references first, not {tuple(teacher_logp.shape)}"
         )
-    if not torch.allclose(teacher_logp.logsumexp(-1), teacher_logp.new_zeros(()), atol=1e-3):
-        raise ValueError("teacher_logp must be log-probs, whose probabilities sum to 1 over the vocabulary")
+    require_log_probs(teacher_logp=teacher_logp)
     mixture = teacher_logp.logsumexp(0) - math.log(len(teacher_logp))  # (B, R, V)
     p = teacher_logp.exp()
     return torch.where(p > 0, p * (teacher_logp - mixture), 0.0).sum(-1).mean(0)

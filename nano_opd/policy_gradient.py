@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nano_opd.system.checks import require_batch, require_constant, require_no_nan, require_same_shape
+from nano_opd.system.checks import (
+    require_batch,
+    require_constant,
+    require_floating,
+    require_no_nan,
+    require_same_shape,
+)
 
 
 def loss(logp: Tensor, advantage: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
@@ -76,9 +82,11 @@ def mean_over_vocabulary(
 
     student_logits, teacher_logits  (B, R, V)
 
-    Raises ValueError when their shapes differ, or the sum is NaN: a p below e^−103 is 0 in float32, and its u = ∞.
+    Raises ValueError when their shapes differ, they are integers, or the sum is NaN: a p below e^−103 is 0 in float32,
+    and its u = ∞.
     """
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    require_floating(student_logits=student_logits, teacher_logits=teacher_logits)
 
     def mean_of(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         student_logp = student_logits.log_softmax(-1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nano_opd.gpt import GPT, logprobs_of
-from nano_opd.system.checks import require_finite
+from nano_opd.system.checks import require_finite, require_tokens
 from nano_opd.tokenizer import EOS, PAD
 
 
@@ -69,7 +69,8 @@ def sample(
 
 
 def require_sizes(prompts: Tensor, max_new_tokens: int) -> tuple[int, int]:
-    """(B, P) of the prompts. Raises ValueError when there is nothing to continue."""
+    """(B, P) of the prompts. Raises ValueError unless they are int64 (B, P), or when there is nothing to continue."""
+    require_tokens(prompts=prompts)
     B, P = prompts.shape
     if min(B, P, max_new_tokens) < 1:
         raise ValueError(f"sizes must be ≥ 1: {B=}, {P=}, {max_new_tokens=}")

@@ -46,7 +46,7 @@ def loss(
     if k < 0:
         raise ValueError(f"k must not be negative, but it is {k}")
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    require_batch(mask, student_logits=student_logits[..., 0])
+    require_batch(mask, student_logits=student_logits[..., 0], teacher_logits=teacher_logits[..., 0])
     require_same_shape(tokens=tokens, mask=mask)
 
     def terms(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:

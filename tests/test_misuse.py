@@ -14,12 +14,14 @@ from nano_opd import (
     gkd,
     grpo,
     judge,
+    law,
     opsd,
     policy_gradient,
     rlsd,
     sft,
+    topk,
 )
-from nano_opd.rollout import response_logits, response_logprobs, score
+from nano_opd.rollout import response_logits, response_logprobs, sample, score
 from nano_opd.system.checks import NumericalFault
 
 MASK = torch.tensor([[True, True, True], [True, True, False], [True, True, True], [True, True, False]])
@@ -106,6 +108,8 @@ RNG = np.random.default_rng(0)
 WORLD = exact.World.of(exact.random_tabular(3, 2, 0), exact.random_tabular(3, 2, 1), 3, 2)
 ONE = torch.ones(9, dtype=torch.float64)
 TOKENS = torch.arange(24).view(2, 12) % 17
+MODEL = new_model(12)
+LOGITS = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
 MEANINGLESS = {
     "one slot for two problems": (lambda: evaluate.prompts_of(PROBLEMS, "cpu", ["_" * 8]), "zip"),
     "a reference that does not exist": (
@@ -151,6 +155,24 @@ MEANINGLESS = {
     "one reward for all responses": (lambda: exact_rewards.gradient(WORLD, ONE[:1]), "reward must be float64"),
     "rewards that are integers": (lambda: exact_rewards.values(WORLD, ONE.long()), "reward must be float64"),
     "a probability of 5": (lambda: exact_rewards.conditioned(WORLD, 5 * ONE), "from 0 to 1"),
+    "probabilities of the teacher": (
+        lambda: law.paths(lambda p, q: q - p, LOGP, LOGP.softmax(-1)),
+        "log_q must be log-probs",
+    ),
+    "a teacher's logits that are integers": (
+        lambda: gkd.loss(LOGITS, LOGITS.long(), MASK, divergences.get("jsd")),
+        "teacher_logits must be floating-point",
+    ),
+    "integers for a top k": (
+        lambda: topk.loss(LOGITS, LOGITS.long(), MASK.long(), MASK, lambda x: x, 2),
+        "teacher_logits must be floating-point",
+    ),
+    "integers for a baseline": (
+        lambda: policy_gradient.mean_over_vocabulary(LOGITS, LOGITS.long(), lambda x: x),
+        "teacher_logits must be floating-point",
+    ),
+    "one prompt without its axis": (lambda: sample(MODEL, TOKENS[0], 3), "prompts must be int64"),
+    "tokens that are no integers": (lambda: score(MODEL, TOKENS.float(), 2), "tokens must be int64"),
     "an advantage without a value": (lambda: judge.judge(lambda p, q: p * torch.nan), "expected update is not finite"),
 }
 

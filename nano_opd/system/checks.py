@@ -25,13 +25,32 @@ def require_same_shape(**tensors: Tensor) -> None:
         raise ValueError(f"shapes must be equal: {shapes}")
 
 
+def require_floating(**tensors: Tensor) -> None:
+    """Raises ValueError naming the tensor that is not floating-point."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating-point, not {tensor.dtype}")
+
+
+def require_tokens(**tensors: Tensor) -> None:
+    """Raises ValueError naming what is not int64 (B, T)."""
+    for name, tokens in tensors.items():
+        if tokens.dtype != torch.int64 or tokens.ndim != 2:
+            raise ValueError(f"{name} must be int64, a row for each problem, not {tokens.dtype} {tuple(tokens.shape)}")
+
+
+def require_log_probs(**tensors: Tensor) -> None:
+    """Raises ValueError for logits, or anything else whose probabilities do not sum to 1 over the last axis."""
+    for name, logp in tensors.items():
+        if not torch.allclose(logp.logsumexp(-1), logp.new_zeros(()), atol=1e-3):
+            raise ValueError(f"{name} must be log-probs, whose probabilities sum to 1 over the vocabulary")
+
+
 def require_batch(mask: Tensor, **tensors: Tensor) -> None:
     """Raises ValueError unless mask (B, R) is bool and not empty, and the others are floating-point of its shape."""
     if mask.dtype != torch.bool or mask.ndim != 2 or not mask.numel():
         raise ValueError(f"mask must be bool (B, R), not {mask.dtype} {tuple(mask.shape)}")
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating-point, not {tensor.dtype}")
+    require_floating(**tensors)
     require_same_shape(**tensors, mask=mask)
 
 
