@@ -4,6 +4,7 @@
     python notebooks/speed.py --large --peers       sampling beside other people's
     python notebooks/speed.py --precision           from which width on bfloat16 is faster
     python notebooks/speed.py --scaling             cost against response length and batch, and scaling.png
+    python notebooks/speed.py --operators           where each millisecond of a step on a CPU goes
 
 The floor of a phase is its matrix products alone, their outputs preallocated and nothing in between, at the rate that
 this machine reaches in the same turns. So time / floor says what everything else costs: launches, normalisation,
@@ -32,6 +33,8 @@ from nano_opd.system.fast_rollout import sampler
 Device, Dtype, Rows = torch.device, torch.dtype, list[dict]
 Product = tuple[int, int, int, int]  # (batch, m, k, n): so many products (m, k) @ (k, n)
 RESULTS = Path(__file__).parent / "results"
+KINDS = {"mm": "products", "layer_norm": "norms", "softmax": "softmax", "gelu": "GELU", "adamw": "AdamW"}
+KINDS |= dict.fromkeys(("copy", "cat", "embedding", "index", "gather", "scatter"), "copies")  # part of a name → kind
 COLUMNS = "size;B;phase;compile;tokens/s;ms;floor, ms;time / floor;calls;calls per token;peak, MB".split(";")
 
 
@@ -182,6 +185,26 @@ def precision(width: int, B: int, device: Device, seconds: float = 3) -> Rows:
     return rows
 
 
+def operators(B: int, seconds: float = 8) -> Rows:
+    """Where each millisecond of the default models' phases goes on a CPU, without --compile, by kind of operator.
+
+    The profiler gives the shares, but slows what it counts; the milliseconds are those without it. "between" is Python.
+    """
+    runs, rows = phases(*new_pair(2, 64, P + R, torch.device("cpu")), B, P, R, compile="off"), []
+    times = take_turns(runs, torch.device("cpu"), seconds)
+    for phase, run in runs.items():
+        taken = dict.fromkeys([*KINDS.values(), "others", "between"], 0.0)
+        with torch.profiler.profile() as profile, torch.profiler.record_function("between"):
+            for _ in range(5):
+                run()
+        for event in profile.key_averages():
+            names = (kind for part, kind in KINDS.items() if part in event.key)
+            taken[event.key if event.key == "between" else next(names, "others")] += event.self_cpu_time_total
+        ms, whole = 1e3 * np.median(times[phase]), sum(taken.values())
+        rows.append({"phase": phase, "B": B, "ms": ms} | {kind: ms * t / whole for kind, t in taken.items()})
+    return rows
+
+
 def scaling(axis: str, values: list[int], device: Device, dtype: Dtype, turns: int = 5) -> Rows:
     """Seconds of a step of the default models, of its rollout and of the rollout's products, by "length" or "batch"."""
     runs, rows = {}, []
@@ -228,9 +251,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peers", action="store_true", help="sampling beside other people's")
     parser.add_argument("--precision", action="store_true", help="from which width on bfloat16 is faster")
     parser.add_argument("--scaling", action="store_true", help="cost against response length and batch; a figure")
+    parser.add_argument("--operators", action="store_true", help="where each millisecond of a step on a CPU goes")
     args = bench.parse(parser, arguments, RESULTS / "speed.json")
     if args.peers and importlib.util.find_spec("transformers") is None:
         parser.error("--peers: Hugging Face's transformers is not installed here")
+    if args.operators and args.device.type != "cpu":
+        parser.error("--operators: counts on a CPU; add --device cpu")
     where, sizes, batches, copy_rate = (args.device, args.dtype), args.sizes, (B,), np.inf
     if args.device.type == "cuda":
         batches, copy_rate = (128, 512, 1024, 4096), bandwidth(args.device)
@@ -240,9 +266,13 @@ def main(arguments: list[str] | None = None) -> None:
         "vocabulary": [lambda: vocabulary(*where)],
         "peers": [lambda s=s: peers(*s, B, *where) for s in sizes],
         "precision": [lambda w=w: precision(w, B, args.device) for w in (64, 128, 256, 384, 768)],
+        "operators": [lambda: operators(B)],
         "scaling": [lambda a=a: scaling(*a, *where) for a in axes.items()],
     }
-    for name in [n for n in ("peers", "precision", "scaling") if getattr(args, n)] or ["speed", "vocabulary"]:
+    for name in [n for n in ("peers", "precision", "scaling", "operators") if getattr(args, n)] or [
+        "speed",
+        "vocabulary",
+    ]:
         rows = []
         for measure in tables[name]:
             try:

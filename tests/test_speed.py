@@ -52,6 +52,7 @@ def small(monkeypatch):
     for module in (bench, speed):
         monkeypatch.setattr(module, "has_compiler", lambda device: False)
     monkeypatch.setattr(speed, "speed", lambda *what, real=speed.speed: real(*what, seconds=0))
+    monkeypatch.setattr(speed, "operators", lambda B, real=speed.operators: real(2, seconds=0))
     monkeypatch.setattr(speed, "peers", lambda *what, real=speed.peers: real(*what, seconds=0))
     monkeypatch.setattr(speed, "vocabulary", lambda *where, real=speed.vocabulary: real(*where, B=2, T=16, V=100))
     monkeypatch.setattr(speed, "scaling", lambda axis, _, *where, real=speed.scaling: real(axis, [1, 2, 4], *where, 1))
@@ -80,7 +81,7 @@ def test_the_stored_tables_are_those_that_would_be_written(small, tmp_path, monk
     monkeypatch.setattr(speed, "precision", lambda width, *where, real=speed.precision: real(16, 2, CPU, seconds=0))
     arguments = ["--device", "cpu", "--threads", "1", "--json", str(tmp_path / "b.json")]
     speed.main(arguments)
-    speed.main([*arguments, "--peers", "--precision", "--scaling"])
+    speed.main([*arguments, "--peers", "--precision", "--scaling", "--operators"])
     stored, written = (
         json.loads(p.read_text(encoding="utf-8")) for p in (speed.RESULTS / "speed.json", tmp_path / "b.json")
     )
@@ -106,9 +107,21 @@ def test_scaling_and_precision_at_tiny_sizes():
     assert all(0 < row["of autocast: casts"] < 1 for row in (product, update))
 
 
-@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--peer"], ["--peers"]])
+def test_every_millisecond_is_somewhere():
+    """What is measured adds up, and only an update has an optimizer."""
+    rows = {row.pop("phase"): row for row in speed.operators(2, seconds=0)}
+    assert list(rows) == ["rollout", "score", "update", "step"]
+    for row in rows.values():
+        kinds = {kind: ms for kind, ms in row.items() if kind not in ("B", "ms")}
+        assert sum(kinds.values()) == pytest.approx(row["ms"])
+        assert min(ms for kind, ms in kinds.items() if kind != "AdamW") > 0
+    assert rows["rollout"]["AdamW"] == rows["score"]["AdamW"] == 0 < rows["update"]["AdamW"]
+
+
+@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--peer"], ["--peers"], ["--operators"]])
 def test_a_bad_command_line_gets_one_sentence(arguments, monkeypatch, capsys):
     monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "resolve", lambda name: torch.device("cuda" if name == "auto" else name))
     with pytest.raises(SystemExit) as stopped:
         speed.main(arguments)
     said = capsys.readouterr().err
