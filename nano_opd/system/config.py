@@ -35,6 +35,7 @@ RECIPE = {"steps": 400, "batch_size": 128, "lr": 5e-3, "student_steps": 110, "te
 OF_TASK = {"mul": {"teacher_steps": 800, "steps": 1600}, "mix": {"teacher_steps": 1600, "steps": 1600}}
 EFFORT = {"sub": 1.25, "mul": 1.5, "mix": 2.5}
 SELF_TAUGHT = {"needs": lambda method: method.teacher == "self"}
+_flag = lambda name: "--" + name.replace("_", "-")
 GENERATORS = ", ".join(divergences.DIVERGENCES) + ", alpha=<float>; <name>,c=<float> is f + c(u−1)"
 
 
@@ -52,9 +53,7 @@ class Config:
         choices=("sampled", "baseline", "topk", "full"),
     )
     top_k: int = option(4, "k of --variance topk", low=1)
-    normalize: str = option(
-        "batch", "divisor of the loss: B, or a biased mean", choices=("batch", "token_mean", "sequence_mean")
-    )
+    normalize: str = option("batch", "divisor: B, or a biased mean", choices=("batch", "token_mean", "sequence_mean"))
     log_u_clip: float = option(0.0, "clip log u to ± this many nats (biased); 0 is off", low=0.0)
 
     group_size: int = option(4, "G, responses to each prompt; divides B", low=2, needs=lambda m: m.reference_slot)
@@ -124,9 +123,8 @@ class Config:
                 raise ValueError(f"{_flag(field.name)} {value}: choose from {known}")
             most = (2**64 if field.type is int else 3e38) if high is None else high  # float32 ends at 3.4e38
             if low is not None and not low <= value <= most:
-                allowed = (
-                    f"from {low} to {high}" if high else f"{low} or more" + f" and at most {most:.0e}" * (value > 0)
-                )
+                above = f"{low} or more" + f" and at most {most:.0e}" * (value > 0)
+                allowed = f"from {low} to {high}" if high else above
                 raise ValueError(f"{_flag(field.name)} {str(value)[:20]}: must be {allowed}")
         divergences.get(self.divergence)
         if self.digits == 1:
@@ -207,9 +205,6 @@ def recipe(method: str, task: str, digits: int) -> dict:
     return made | {"student_steps": round(made["student_steps"] * EFFORT.get(task, 1) * digits / 3)}
 
 
-_flag = lambda name: "--" + name.replace("_", "-")
-
-
 def readers(field: dataclasses.Field) -> list[str]:
     """The names of the methods that read an option."""
     needs = field.metadata["needs"] or (lambda method: field.name in method.options)
@@ -218,12 +213,8 @@ def readers(field: dataclasses.Field) -> list[str]:
 
 def parse(arguments: list[str] | None = None) -> Config:
     """The configuration of a command line. Bad input ends the program: one sentence on stderr, exit code 2."""
-    parser = Parser(
-        "train.py",
-        description="On-policy distillation of a small GPT on arithmetic.",
-        argument_default=argparse.SUPPRESS,  # so that what was typed can be told from what was not
-        allow_abbrev=False,
-    )
+    parser = Parser("train.py", description="On-policy distillation of a small GPT on arithmetic.", allow_abbrev=False)
+    parser.argument_default = argparse.SUPPRESS  # so that what was typed can be told from what was not
     try:
         distributed.require_launcher()
     except ValueError as error:
