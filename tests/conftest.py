@@ -26,3 +26,5 @@ def new_model(block_size, **sizes):
 def compiler():
     if not device.has_compiler(torch.device("cpu")):
         pytest.skip("torch.compile needs a C++ compiler, and none is on the path")
+    if torch.__version__.startswith("2.5."):
+        pytest.skip("torch.compile of 2.5 fails on models as small as these (AssertionError in inductor)")

@@ -108,7 +108,6 @@ def _compiled(function: Callable) -> Callable:
     """One C++ loop in the place of the operators between two products, and no Python within TOKENS_AT_ONCE tokens."""
     options = {
         "cpp_wrapper": True,
-        "memory_planning": True,
         "realize_opcount_threshold": 8,  # what takes more operations is not computed again for each key
     }
     return any_order()(torch.compile(function, options=options))
