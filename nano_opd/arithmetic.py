@@ -164,12 +164,14 @@ def draw_references(problems: list[Problem], group_size: int, rng: np.random.Gen
     which     "true"; "work" or "cite": always in that style, so that x determines r; "shuffled": the next group's,
               valid but of another problem; "none": blank, as the student's
 
-    Raises ValueError for another `which`, or to shuffle a single group.
+    Raises ValueError for another `which`, for copies that do not stand together, or to shuffle a single group.
     """
     _require_reference(which, "true", *REFERENCES, "shuffled", "none")
     groups = problems[::group_size]
     if which == "shuffled" and len(groups) < 2:
         raise ValueError("one group has no other whose reference it could be given: use two or more")
+    if problems != [problem for problem in groups for _ in range(group_size)]:
+        raise ValueError(f"the group_size {group_size} copies of each problem must stand together")
     styles = rng.choice(REFERENCES, len(groups)).tolist()
     if which == "shuffled":
         groups = groups[1:] + groups[:1]
@@ -180,7 +182,10 @@ def draw_references(problems: list[Problem], group_size: int, rng: np.random.Gen
 
 
 def steps(problem: Problem) -> list[str]:
-    """The worked solution in its steps: one column per digit, then the marked answer."""
+    """The worked solution in its steps: one column per digit, then the marked answer.
+
+    Raises ValueError for operands that the task does not have.
+    """
     task, carry, columns = TASKS[problem.task], 0, []
     if not task.has(problem):
         raise ValueError(f"{problem} is no problem of {problem.digits} digits")

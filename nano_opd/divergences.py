@@ -19,12 +19,12 @@ Source: arXiv 2606.01039, Table 1, for the first three rows; the others follow f
 
 Since E_p[u − 1] = 0, f + c(u−1) is another generator of the same divergence (`shift`). It moves w_f by the constant c,
 which changes no expected gradient, but −f by c(1−u), which does. So two entries are one divergence twice: k3 is reverse
-KL, and jsd_falling is jsd in its generator that never rises, the only one in which OPD works (opd.py says why).
+KL, and jsd_falling is jsd with c = −½ ln 2, the largest for which f never rises: OPD works from there down (opd.py).
 
 The code computes them from x = log u = log q − log p, in nats, because u itself overflows and u − 1 cancels. With expm1
-|x| ≤ 30 is safe in float32 (in the α-family, |αx| ≤ 80). That family has f′ = φ_{α−1} and w_f = φ_α with the Box–Cox
-transform φ_a = (u^a − 1)/a, which is ln u at a = 0. Up to a factor and a multiple of u − 1, α = 0 is reverse KL, ½
-Hellinger, 1 forward KL, 2 Pearson and −1 Neyman.
+|x| ≤ 30 is safe in float32 (in the α-family, |αx| and |(α−1)x| ≤ 80). That family has f′ = φ_{α−1} and w_f = φ_α with
+the Box–Cox transform φ_a = (u^a − 1)/a, which is ln u at a = 0. Up to a factor and a multiple of u − 1, α = 0 is
+reverse KL, ½ Hellinger, 1 forward KL, 2 Pearson and −1 Neyman.
 
 At a token that the teacher forbids, x = −∞, every function returns its limit at u → 0 (finite or infinite, never NaN).
 Functions map tensors of any shape elementwise and are differentiable; nothing here detaches.

@@ -12,8 +12,9 @@ and the three objectives that "the divergence of the student from the teacher" m
     return      E_{y∼p_θ} Σ_n f(u_n)                            J: prefixes move with θ
     sequence    D_f(q(y) ‖ p_θ(y)) = E_{y∼p_θ} f(Π_n u_n)       one divergence between distributions of responses
 
-Their gradients come from autograd through these sums and use nothing of the estimators but f. Source: the objectives
-are those of arXiv 2606.01039, §3; the enumeration is this project's own. Everything is float64.
+Their gradients come from autograd through these sums and use nothing of the estimators but f. Source: the first
+two objectives are those of arXiv 2606.01039, §3; the third and the enumeration are this project's own. Everything is
+float64.
 
 An estimator is any function (tokens (B, R), mask (B, R), student_logits (B, R, V), teacher_logits (B, R, V)) → scalar
 loss of a batch of B responses; its gradient estimate is the gradient of that loss in θ.
@@ -113,7 +114,7 @@ def objective(world: World, divergence: Divergence, kind: str, theta: Tensor | N
     log_u = torch.where(world.mask, at(world.tokens, teacher_logp - student_logp), 0.0)  # (S, R); f(1) = 0
     if kind == "prefix":
         per_prefix = (student_logp.exp() * divergence.f(teacher_logp - student_logp)).sum(-1)
-        frozen = world.probability()  # Σ_y p(y) over the responses that pass through s is P(s)
+        frozen = world.probability().detach()  # drops D_f ∇P(s); Σ_y p(y) over the responses through s is P(s)
         return (frozen * torch.where(world.mask, per_prefix, 0.0).sum(1)).sum()
     if kind == "return":
         return (world.probability(theta) * divergence.f(log_u).sum(1)).sum()

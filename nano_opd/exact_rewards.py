@@ -8,10 +8,11 @@ A reward R(y) is given to whole responses. The value of a prefix s is what the s
 
 Let R be 0 or 1, and let the teacher be the student conditioned on being right. Then by Bayes
 
-    q(v|s)  =  p_θ(v|s) Q(s, v) / V(s)       and       w_n = q/p_θ = 1 + A_n/V(s_n)
+    q(v|s)  =  p_θ(v|s) Q(s, v) / V(s)       and       q/p_θ = 1 + A_n/V(s_n)
 
-so RLSD's evidence weight is the advantage of the token in units of the value, plus one. The one is GRPO's credit, which
-also a token gets that changes nothing. The weights of a response multiply to R(y)/V(prompt).
+so RLSD's evidence weight in a right response is one plus the token's advantage in units of the value, and in a wrong
+one its inverse. The one is GRPO's credit, which a token gets even if it changes nothing. Along a response q/p_θ
+multiplies to R(y)/V(prompt).
 
 Sources: Sutton et al. 2000 for V, Q and A; that the ratio is a Bayesian update, OPPO, arXiv 2605.21851; the moments are
 derived here. Rewards are tensors (S,) over world.tokens, in float64.
@@ -34,6 +35,7 @@ def values(world: World, reward: Tensor) -> tuple[Tensor, Tensor]:
     """V(s_1) … V(s_R), R(y) along every response, (S, R+1), and Q(s_n, ·) over the vocabulary, (S, R, V).
 
     A_n of the sampled tokens is V.diff(). After the EOS V stays R(y), and Q means nothing.
+    Raises ValueError unless the reward is float64, (S,).
     """
     _require_reward(world, reward)
     weight = world.probability()
@@ -50,7 +52,7 @@ def values(world: World, reward: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient(world: World, reward: Tensor) -> Tensor:
-    """∇E[R] at world.theta, of its shape: uphill."""
+    """∇E[R] at world.theta, of its shape: uphill. Raises ValueError as `values`."""
     _require_reward(world, reward)
     return grad(lambda theta: (world.probability(theta) * reward).sum())(world.theta)
 
@@ -65,6 +67,8 @@ def conditioned(world: World, reward: Tensor) -> World:
     """The same student, with itself conditioned on R = 1 as the teacher: q(v|s) = p_θ(v|s) Q(s, v)/V(s).
 
     reward  in [0, 1], the probability of being right. Where V(s) = 0 there is nothing to condition on, and q = p_θ.
+
+    Raises ValueError for another reward.
     """
     if not ((reward >= 0) & (reward <= 1)).all():
         raise ValueError("a reward to be conditioned on is a probability, from 0 to 1")

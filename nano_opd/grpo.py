@@ -34,7 +34,7 @@ def advantage(rewards: Tensor, group_size: int, normalize_std: bool = True) -> T
     group_size     G; the std is the population's, over these G
     normalize_std  False is Dr. GRPO
 
-    Raises ValueError unless G ≥ 2 divides B.
+    Raises ValueError unless G ≥ 2 divides B, and the rewards are floating-point, (B,) and finite.
     """
     groups = _groups(rewards, group_size)  # (B/G, G)
     A = groups - groups.mean(1, keepdim=True)
@@ -61,26 +61,24 @@ def clipped_surrogate(
     clip_low, clip_high  a token has no gradient once ρ < 1 − clip_low with A < 0, or ρ > 1 + clip_high with A > 0
     normalize  as in policy_gradient.loss
 
-    Raises ValueError if the advantage carries a gradient, for shapes that do not match or a mask that is not bool.
+    Raises ValueError if the advantage carries a gradient, for shapes that do not match, a mask that is not bool, or a
+    clip that leaves 1 out.
     """
     require_constant(A)
-    require_batch(mask, logp=logp, old_logp=old_logp)
-    if not (0 <= clip_low <= 1 and clip_high >= 0):
-        raise ValueError(
-            f"the clip must keep 1 inside: 0 ≤ clip_low ≤ 1 and clip_high ≥ 0, not {clip_low}, {clip_high}"
-        )
+    ratio = _ratio(logp, old_logp, mask, clip_low, clip_high)
     require_same_shape(advantage=A, logp=logp if A.dim() > 1 else logp[:, 0])
     A = A.view(len(logp), -1)  # (B, 1) or (B, R)
-    ratio = _ratio(logp, old_logp, mask)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return reduce(-torch.minimum(ratio * A, clipped * A), mask, normalize)
 
 
 def clip_fraction(logp: Tensor, old_logp: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Fraction of sampled tokens whose ratio lies outside the clip, a scalar; arguments as in `clipped_surrogate`."""
-    require_batch(mask, logp=logp, old_logp=old_logp)
-    ratio = _ratio(logp, old_logp, mask)[mask]
-    return ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float().mean()
+    """Fraction of sampled tokens whose ratio lies outside the clip, a scalar (0 if there are none).
+
+    Arguments and errors as in `clipped_surrogate`.
+    """
+    ratio = _ratio(logp, old_logp, mask, clip_low, clip_high)[mask]
+    return ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float().sum() / max(1, ratio.numel())
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
@@ -97,6 +95,11 @@ def _equal(groups: Tensor) -> Tensor:
     return (groups == groups[:, :1]).all(1, keepdim=True)
 
 
-def _ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+def _ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    require_batch(mask, logp=logp, old_logp=old_logp)
+    if not (0 <= clip_low <= 1 and clip_high >= 0):
+        raise ValueError(
+            f"the clip must keep 1 inside: 0 ≤ clip_low ≤ 1 and clip_high ≥ 0, not {clip_low}, {clip_high}"
+        )
     old_logp = old_logp.detach()  # drops nothing: p_old is the policy of the past
     return torch.where(mask, logp - old_logp, 0.0).exp()

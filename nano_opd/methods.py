@@ -82,9 +82,9 @@ def grpo_loss(s: Scored, group_size, loss_type, clip_low, clip_high, normalize) 
     return _surrogate(s, A, group_size, clip_low, clip_high, normalize)
 
 
-def grpo_opsd_loss(s: Scored, divergence, group_size, loss_type, clip_low, clip_high, normalize) -> Loss:
+def grpo_opsd_loss(s: Scored, divergence, group_size, loss_type, clip_low, clip_high) -> Loss:
     """The sum of GRPO's loss and OPSD's."""
-    loss, measured = grpo_loss(s, group_size, loss_type, clip_low, clip_high, normalize)
+    loss, measured = grpo_loss(s, group_size, loss_type, clip_low, clip_high, "batch")
     return gkd_loss(s, divergence)[0] + loss, measured
 
 

@@ -19,8 +19,8 @@ D_h is a divergence, with its minimum at the teacher, if and only if f never ris
 entry of divergences.py rises for u > 1, and there h bends down. Where f′(∞) > 0, as for all of these, D_h has no lower
 bound: a token that the teacher likes brings p h(u) = q h(u)/u → −∞ as p → 0. This is the collapse.
 
-That every advantage A(u) is such a w_h is due to Go et al., arXiv 2302.08215, and Fawkes & Hartford, arXiv 2605.15417.
-What it says of the stop-gradient is derived here (law.py has the proof).
+That each f-divergence has its advantage is due to Go et al., arXiv 2302.08215; that each rising advantage has its
+divergence, to Fawkes & Hartford, arXiv 2605.15417. What it says of the stop-gradient is derived here (law.py).
 """
 
 import torch
@@ -51,7 +51,7 @@ def advantage(
     A = own + future_return(reward, gamma)
     if baseline is not None:
         require_same_shape(log_u=log_u, baseline=baseline)
-        A = A - baseline.detach()  # drops nothing: E[b(s_n) ∇log p] = 0
+        A = A - baseline.detach()  # drops log p ∇b; and b moves no mean: E[b(s_n) ∇log p] = 0
     return torch.where(mask, A, 0.0)
 
 

@@ -40,7 +40,7 @@ def advantage(
     A = own + future_return(reward, gamma)
     if baseline is not None:
         require_same_shape(log_u=log_u, baseline=baseline)
-        A = A - baseline.detach()  # drops nothing: E[b(s_n) ∇log p] = 0
+        A = A - baseline.detach()  # drops log p ∇b; and b moves no mean: E[b(s_n) ∇log p] = 0
     return torch.where(mask, A, 0.0)
 
 

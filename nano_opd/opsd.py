@@ -17,9 +17,10 @@ zero in the same cases):
 On the student's responses r is independent of y_<n given x, so both means are over the references of x as they are
 drawn. A student at that optimum acts, some of the time, as if it had seen the reference.
 
-The paper calls the mean gradient benign and blames the deviation of each sample's, which is zero where the remainder
-is. That cannot be all. If r is always the bare answer, x determines it and both are zero. But the teacher copies an
-answer that the student cannot work out in one step, and here OPSD teaches it to write the mark and guess (notebook 03).
+The paper calls the mean gradient benign and blames how each sample's differs from it; that difference is zero where the
+remainder is. So it cannot be all. If r is always the bare answer, x determines it and both are zero. But the teacher
+copies an answer that the student cannot work out in one step, and here OPSD teaches it to write the mark and guess
+(notebook 03).
 """
 
 import math
@@ -37,7 +38,7 @@ def privileged_view(tokens: Tensor, prompt_length: int, teacher_prompts: Tensor)
     teacher_prompts  (B, P′), with the reference
 
     Response token n stands at P+n in one view and at P′+n in the other: whoever slices by response stays aligned.
-    Raises ValueError unless there are as many prompts as responses.
+    Raises ValueError unless there are as many prompts as responses, and P lies in 1 … P+R−1.
     """
     if len(teacher_prompts) != len(tokens):
         raise ValueError(f"{len(teacher_prompts)} privileged prompts for {len(tokens)} responses")

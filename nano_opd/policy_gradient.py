@@ -62,7 +62,7 @@ def reduce(terms: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
 def future_return(reward: Tensor, gamma: float) -> Tensor:
     """γ G_{n+1} = Σ_{m>n} γ^{m−n} r_m: what is still to come, discounted from the token itself (not from the start).
 
-    reward (B, R), 0 where there is no token. Returns (B, R). Raises ValueError unless 0 ≤ γ ≤ 1.
+    reward (B, R), 0 where there is no token. Returns (B, R). Raises ValueError unless 0 ≤ γ ≤ 1, or for integers.
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in [0, 1], not {gamma}")
@@ -104,7 +104,7 @@ def log_probs_within(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def a_few_at_a_time(sum_over_vocabulary: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
-    """sum_over_vocabulary(logits, *others), (B, R); where V is large, of a few responses after the other.
+    """sum_over_vocabulary(logits, *others), (B, R); where R·V is large, a few responses at a time.
 
     logits (B, R, V), others (B, …). The backward pass computes each part once more, so that none of its copies is kept.
     """
@@ -112,7 +112,9 @@ def a_few_at_a_time(sum_over_vocabulary: Callable[..., Tensor], logits: Tensor, 
     if rows >= len(logits):
         return sum_over_vocabulary(logits, *others)
     parts = zip(*(x.split(rows) for x in (logits, *others)))
-    return torch.cat([checkpoint(sum_over_vocabulary, *part, use_reentrant=False) for part in parts])
+    return torch.cat(
+        [checkpoint(sum_over_vocabulary, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    )
 
 
 def rows_at_once(R: int, V: int) -> int:

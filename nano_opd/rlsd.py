@@ -10,8 +10,9 @@ A right response is credited most where knowing r makes the token likelier. A wr
 makes it less likely. Since w > 0, Â never changes the sign of A: the teacher says how much, never which way. What only
 a reader of r would do is rewarded in right responses alone, and there at most 1 + λ ε_w times as much.
 
-What w measures: if the teacher were the student conditioned on being right, w_n would be 1 + A_n/V(s_n), one plus the
-token's true advantage in units of the value (exact_rewards.py). The mean of Â ∇log p is the gradient of nothing.
+What w measures: if the teacher were the student conditioned on being right, P_T/P_S would be 1 + A_n/V(s_n), one plus
+the token's true advantage in units of the value (exact_rewards.py). In a right response w_n is that, in a wrong one its
+inverse. The mean of Â ∇log p is the gradient of nothing.
 
 Source: "Self-Distilled RLVR", arXiv 2604.03128, §4.1, eqs. 13–15, with options of its public code, which computes the
 line above. In the paper λ falls to 0, and eq. 16 has min[w A, clip(w) A], which does not bound the blame of a wrong
@@ -71,6 +72,8 @@ def evidence_weight(advantage: Tensor, teacher_logp: Tensor, student_logp: Tenso
     """w_n = (P_T/P_S)^{sign A} before the clip, (B, R), detached; 1 where mask is False or A = 0.
 
     advantage (B, 1) or (B, R); the others as in `advantage`
+
+    Raises ValueError for another shape, a mask that is not bool, an A that is NaN, or a log-ratio that is NaN or +∞.
     """
     require_batch(mask, teacher_logp=teacher_logp, student_logp=student_logp)
     if advantage.ndim != 2 or advantage.isnan().any():

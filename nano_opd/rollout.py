@@ -43,7 +43,8 @@ def sample(
 
     greedy  take the likeliest token, for evaluation; it is not on-policy
 
-    Raises ValueError for sizes below 1, NumericalFault for log-probs that are not finite.
+    Raises ValueError for prompts that are not int64 (B, P), sizes below 1 or more tokens than block_size, and
+    NumericalFault for log-probs that are not finite.
     system/fast_rollout.py draws the same tokens faster.
     """
     (B, P), R = require_sizes(prompts, max_new_tokens), max_new_tokens

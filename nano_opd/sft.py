@@ -23,6 +23,8 @@ def solution_tokens(
     """Prompt, worked solution and EOS, (B, P+S) int64, with PAD after a solution that is shorter than the longest.
 
     styles  the reference in each prompt's slot (arithmetic.reference), which the solution follows; None: no slot
+
+    Raises ValueError for problems of several sizes, or styles that are not as many.
     """
     texts = [
         arithmetic.prompt(p, style and arithmetic.reference(p, style)) + arithmetic.solution(p, style)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nano_opd.policy_gradient import a_few_at_a_time, log_probs_within, reduce
-from nano_opd.system.checks import require_batch, require_same_shape
+from nano_opd.system.checks import require_batch, require_no_nan, require_same_shape
 
 
 def loss(
@@ -41,7 +41,8 @@ def loss(
     k          how many of the teacher's likeliest tokens; all of them from V on
     normalize  as in policy_gradient.loss
 
-    Raises ValueError for k < 0, shapes that do not match or a mask that is not bool.
+    Raises ValueError for k < 0, shapes that do not match, a mask that is not bool, or a result that is NaN: a p below
+    e^−103 is 0 in float32, and its u = ∞.
     """
     if k < 0:
         raise ValueError(f"k must not be negative, but it is {k}")
@@ -51,12 +52,16 @@ def loss(
 
     def terms(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         student_logp, teacher_logp = log_probs_within(student_logits, mask), log_probs_within(teacher_logits, mask)
-        p = student_logp.detach().exp()  # drops ∇p A: the mean of A ∇log p is wanted, not the gradient of a mean
-        A = advantage(teacher_logp - student_logp.detach())  # drops p ∇A, as policy_gradient.loss does
+        p = student_logp.detach().exp()  # drops A log p ∇p: only A ∇log p, in the mean under p, is wanted
+        A = advantage(teacher_logp - student_logp.detach())  # drops p log p ∇A: an advantage is a constant
         top = torch.zeros_like(p).scatter(-1, teacher_logp.topk(min(k, p.shape[-1])).indices, 1.0)
         sampled = torch.zeros_like(p).scatter(-1, tokens.unsqueeze(-1), 1.0)
         weight = torch.where(top == 1, p, sampled)  # of each token in the sum over the vocabulary
-        return -torch.where(weight > 0, weight * A * student_logp, 0.0).sum(-1)
+        counts = (top == 1) | (sampled == 1)
+        A = torch.where(counts, A, 0.0)  # before the product: 0 · ∞ behind a `where` is NaN in the gradient
+        return -(weight * A * torch.where(counts, student_logp, 0.0)).sum(-1)
 
     given = student_logits, teacher_logits.detach(), tokens, mask  # drops nothing: the teacher is not trained
-    return reduce(a_few_at_a_time(terms, *given), mask, normalize)
+    total = reduce(a_few_at_a_time(terms, *given), mask, normalize)
+    require_no_nan("loss", total)
+    return total

@@ -97,7 +97,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict]:
 
 
 def runs(device: torch.device, folder: str) -> Iterator[dict]:
-    """Short runs of train.py: every method, then --compile and --dtype; each is resumed once. Fails where one ends."""
+    """Short runs of train.py: every method, then --compile and --dtype; each resumed once. An error fails a check."""
     short = f"--steps 4 --eval-every 2 --eval-size 20 --teacher-steps 3 --student-steps 3 --digits 2 --device {device}"
     ways = [f"--method {method} --batch-size 16" for method in METHODS]
     ways += [f"--compile {way} --batch-size 24" for way in ("off", *["on"] * has_compiler(device))]

@@ -218,8 +218,9 @@ FOUND = {
     "OPSD leaks more than GRPO": "Four of five seeds cite in 0.335 to 0.518 of their answers, one in 0.011. Why that "
     "one does not is open.",
     "RLSD ends above GRPO": (
-        "There is little to gain: the credit of an oracle adds 0.018 to GRPO's 0.727, and RLSD 0.003. Its bracket, 1 "
-        "plus the token's advantage over the value, hands on little of what the teacher knows. Where right answers are "
+        "There is little to gain: of two oracles, exact credit adds 0.018 to GRPO's 0.727, and all blame on the first "
+        "mistake 0.030; RLSD adds 0.003. Its weight, 1 plus the token's advantage over the value in a right answer, is "
+        "clipped, and hands on little of what the teacher knows. Where right answers are "
         "rare (0.038 at the start, λ = ε_w = 1, eight seeds) the oracle adds 0.122 [0.074, 0.169], and RLSD 0.022 "
         "[0.003, 0.041]: notebook 04. None of nine settings at the usual start gains after the correction, nor does "
         "the published schedule, nor the best of the nine on fresh seeds."

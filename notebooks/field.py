@@ -1,4 +1,4 @@
-"""The field: advantages for on-policy distillation as they are published or shipped, and what each descends exactly.
+"""The field: advantages for on-policy distillation, most of them published or shipped, and what each descends.
 
 A row is an advantage A(log p, log q) of every token of one prefix, (…, V) each, and the function of the student that
 its expected update descends, or None; `tests/test_field.py` proves it. "Read" stands beside papers and code that were

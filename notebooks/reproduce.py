@@ -261,7 +261,7 @@ def plan(experiment: str, out: Path, quick: bool) -> list[Run]:
     quick  two seeds, and of a large experiment every n-th arm
     """
     e, planned = EXPERIMENTS[experiment], []
-    arms = dict([*e.arms.items()][:: max(1, len(e.arms) // 4)]) if quick else e.arms
+    arms = dict([*e.arms.items()][:: max(1, len(e.arms) // 2)]) if quick else e.arms
     for seed in range(e.first_seed, e.first_seed + (2 if quick else e.seeds)):
         for name, flags in arms.items():
             folder = out / experiment / name.replace(", ", "-").replace(" ", "-")

@@ -149,7 +149,9 @@ def peers(layers: int, width: int, B: int, device: Device, dtype: Dtype, seconds
             tokens = torch.cat([tokens, probs.multinomial(1)], dim=1)
         return tokens
 
-    ways = {"sample": "off"} | ({"sample, compiled": "on"} if device.type == "cpu" and has_compiler(device) else {})
+    ways = {"sample": "off" if device.type == "cpu" else "auto"} | (
+        {"sample, compiled": "on"} if device.type == "cpu" and has_compiler(device) else {}
+    )
     ours = {name: lambda way=way: sampler(device, way)(model, prompts, R).tokens for name, way in ways.items()}
     generate = lambda: gpt2.generate(prompts, attention_mask=torch.ones_like(prompts), **knobs)
     others = {"the same without a cache": without_cache, "Hugging Face generate": generate}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import claims
 import figures
+import numpy as np
 import pages
 import pytest
 import reproduce
@@ -207,7 +208,11 @@ def test_what_the_prose_says_of_perfect_credit():
     results, why = claims.load(RESULTS), claims.FOUND["RLSD ends above GRPO"]
     end = lambda arm: statistics.mean(seed[-1]["accuracy"] for seed in results[arm])
     gains = {arm: f"{end(arm) - end('grpo'):.3f}" for arm in (*reproduce.ceiling.ARMS, "rlsd")}
-    assert f"adds {gains['exact A']} to GRPO's {end('grpo'):.3f}, and RLSD {gains['rlsd']}." in why
+    first = gains["blame on the first mistake"]
+    assert (
+        f"exact credit adds {gains['exact A']} to GRPO's {end('grpo'):.3f}, and all blame on the first mistake" in why
+    )
+    assert f"mistake {first}; RLSD adds {gains['rlsd']}." in why
     start = statistics.mean(seed[0]["accuracy"] for seed in results["grpo from 120"])
     oracle, ours = (c.size(c.differences(results)) for c in claims.CLAIMS["rare"][:2])
     assert f"({start:.3f} at the start" in why
@@ -215,6 +220,13 @@ def test_what_the_prose_says_of_perfect_credit():
     assert all(float(gains[arm]) < 0.05 for arm in reproduce.ceiling.ARMS)  # hardly anything to gain
     for arm in ("λ=1, ε_w=1, less its one", "running value"):
         assert end(arm) < end("grpo") - 0.1  # does harm
+    oracle, end = (
+        np.mean([[row["accuracy"] for row in seed] for seed in results[arm]], 0)
+        for arm in ("exact A from 120", "grpo from 120")
+    )
+    n = int(np.argmax(oracle >= end[-1]))
+    reached = (n - 1 + (end[-1] - oracle[n - 1]) / (oracle[n] - oracle[n - 1])) / (len(oracle) - 1)
+    assert f"{reached:.2f} of its rollouts" in (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
     assert reproduce.EXPERIMENTS["credit_rare"].seeds == 8 and reproduce.EXPERIMENTS["credit_rare"].first_seed == 5
 
 
@@ -273,10 +285,9 @@ def test_what_the_readme_says_one_sees_is_in_the_results():
         end = claims.interval([seed[-1]["accuracy"] for seed in results[arm]])
         assert re.search(re.escape(f"{d} ends at {end}" if "then" in d else f"{d} at {end}"), readme)
     assert all(seed[-1]["accuracy"] == 0 for seed in results["opd, jsd, sampled"])
-    swept = lambda m: [s for a in reproduce.rates((m,), reproduce.DIVERGENCES[1:3]) for s in results[a]]
-    assert (
-        len(swept("opd")) == 30 and f"OPD ends at {max(s[-1]['accuracy'] for s in swept('opd')):.3f} or below" in readme
-    )
+    swept = lambda m, *note: [s for a in reproduce.rates((m,), reproduce.DIVERGENCES[1:3], *note) for s in results[a]]
+    of_opd = swept("opd") + swept("opd", "", ", clipped")
+    assert len(of_opd) == 60 and f"OPD ends at {max(s[-1]['accuracy'] for s in of_opd):.3f} or below" in readme
     assert f"in {sum(s[-1]['accuracy'] > s[0]['accuracy'] for s in swept('opdplus'))} of 30 runs" in readme
     begins = [
         next((row["step"] for row in seed if row["leak_rate"] > 0.1), None) for seed in results["opsd"]

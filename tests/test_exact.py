@@ -13,6 +13,7 @@ from nano_opd.divergences import Divergence
 from nano_opd.exact import World
 from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.rollout import response_logits, sample
+from nano_opd.system.checks import NumericalFault
 from nano_opd.tokenizer import EOS, VOCAB_SIZE
 
 NAMES = [*divergences.DIVERGENCES, "alpha=0.5"]
@@ -584,6 +585,18 @@ def test_the_ends_and_the_variance_of_a_top_k(name):
         change = -(p * g.square().sum(1))[inside].sum() + (p @ g).square().sum()
         change = change - (p[~inside] @ g[~inside]).square().sum()
         assert (top[k].variance - top[0].variance).item() == pytest.approx(change.item(), abs=1e-10)
+
+
+def test_a_token_that_is_not_in_the_sum_is_not_in_the_gradient():
+    """The teacher forbids it: its A is −∞. It is not likely, nor sampled. A NaN that is in the sum is reported."""
+    student = torch.zeros(1, 1, 4, requires_grad=True)
+    teacher, mask = torch.tensor([[[2.0, 1.0, 0.0, -torch.inf]]]), torch.ones(1, 1, dtype=torch.bool)
+    reverse = divergences.get("reverse_kl").unbiased
+    loss = lambda student: topk.loss(student, teacher, torch.tensor([[2]]), mask, reverse, 2)
+    loss(student).backward()
+    assert student.grad.isfinite().all() and student.grad.abs().max() > 0
+    with pytest.raises(NumericalFault, match="loss is NaN"):
+        loss(student.detach() * torch.nan)
 
 
 def test_summing_over_a_top_k_may_add_variance():

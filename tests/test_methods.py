@@ -54,7 +54,7 @@ KNOBS = [
     {"method": "grpo", "epochs": 3, "clip_low": 0.3, "clip_high": 0.02},
     {"method": "opsd"},
     {"method": "grpo+opsd", "epochs": 2},
-    {"method": "grpo+opsd", "loss_type": "dr_grpo", "normalize": "sequence_mean"},
+    {"method": "grpo+opsd", "loss_type": "dr_grpo"},
     {"method": "rlsd"},
     {"method": "rlsd", "epochs": 2, "lam": 1.0, "eps_w": 0.9, "loss_type": "dr_grpo"},
     {"method": "rlsd", "lam": 0.9, "lam_decay": 6, "eps_w": 0.5, "normalize": "sequence_mean"},

@@ -171,6 +171,8 @@ MEANINGLESS = {
         lambda: policy_gradient.mean_over_vocabulary(LOGITS, LOGITS.long(), lambda x: x),
         "teacher_logits must be floating-point",
     ),
+    "two problems for one group": (lambda: arithmetic.draw_references(PROBLEMS, 2, RNG, "true"), "stand together"),
+    "a clip without 1, counted": (lambda: grpo.clip_fraction(LOGP, LOGP, MASK, -1.0, 0.2), "keep 1 inside"),
     "one prompt without its axis": (lambda: sample(MODEL, TOKENS[0], 3), "prompts must be int64"),
     "tokens that are no integers": (lambda: score(MODEL, TOKENS.float(), 2), "tokens must be int64"),
     "an advantage without a value": (lambda: judge.judge(lambda p, q: p * torch.nan), "expected update is not finite"),

@@ -73,6 +73,7 @@ MUTATIONS = {
         ("teacher_logp.topk(", "student_logp.topk(", "methods: distillation"),
         ("torch.where(top == 1, p, sampled)", "torch.where(top == 1, p, 0.0)", "exact: top_k"),
         ("torch.where(top == 1, p, sampled)", "top * p + sampled", "exact: top_k"),
+        ("A = torch.where(counts, A, 0.0)", "pass", "exact: not_in_the_sum"),
     ],
     "policy_gradient.py": [
         ("reduce(-advantage * logp", "reduce(advantage * logp", "estimators: grad_logp"),
@@ -127,7 +128,8 @@ MUTATIONS = {
     ],
     "arithmetic.py": [
         ("groups = groups[1:] + groups[:1]", "pass", "arithmetic: shuffled"),
-        ("for _ in range(group_size)]", "for _ in range(1)]", "arithmetic: shuffled"),
+        ("slots for _ in range(group_size)]", "slots for _ in range(1)]", "arithmetic: shuffled"),
+        ("problems != [problem", "[] != [problem", "arithmetic: shuffled"),
         ("list(TASKS).index(task)", "0", "arithmetic: own_split"),
         ("rng.integers(10, size=size)])", "rng.integers(1, 10, size=size)])", "wires: every_digit"),
     ],
@@ -226,8 +228,8 @@ MUTATIONS = {
         ("if reasoning_only else None", "if False else None", "methods: rewarded"),
         ("eps_w, negative_only, span)", "eps_w, False, span)", "methods: rewarded"),
         (
-            "loss_type, clip_low, clip_high, normalize)\n    return gkd",
-            'loss_type, clip_low, clip_high, "batch")\n    return gkd',
+            'clip_low, clip_high, "batch")',
+            'clip_low, clip_high, "token_mean")',
             "methods: distillation",
         ),
         ("gkd_loss(s, divergence)[0] + loss", "gkd_loss(s, divergence)[0] - loss", "methods: distillation"),

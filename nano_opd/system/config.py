@@ -100,9 +100,7 @@ class Config:
 
     device: str = option("auto", "auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:<n> or mps")
     dtype: str = option(
-        "auto",
-        "of products: auto is bfloat16 on a GPU from width 256 on; the rest is float32",
-        choices=("auto", "float32", "bfloat16"),
+        "auto", "auto: bfloat16 for products on a GPU, from width 256 on", choices=("auto", "float32", "bfloat16")
     )
     compile: str = option(
         "auto", "on: torch.compile; auto: on a GPU CUDA graphs to sample; off: neither", choices=("auto", "on", "off")
@@ -129,6 +127,8 @@ class Config:
         divergences.get(self.divergence)
         if self.digits == 1:
             raise ValueError("--digits 1: a problem is one column, so no held-out one is ever taught; give 2 or more")
+        if self.top_k != Config.top_k and self.variance != "topk":
+            raise ValueError(f"--top-k {self.top_k}: only --variance topk reads it")
         if self.variance in ("topk", "full") and "variance" in METHODS[self.method].options:
             if self.gamma > 0:
                 raise ValueError(f"--gamma {self.gamma} sums what was sampled: leave --variance {self.variance} out")

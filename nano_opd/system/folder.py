@@ -6,15 +6,15 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nano_opd import arithmetic, gpt, policy_gradient, rollout, sft, tokenizer
-from nano_opd.system import checkpoint, distributed
+from nano_opd.system import checkpoint, distributed, streams
 from nano_opd.system.config import Config
 
 # What trains a warm start, as it was when it was imported: after an edit, were it of a comment, it is trained anew.
-SOURCES = arithmetic, gpt, policy_gradient, rollout, sft, tokenizer
+SOURCES = arithmetic, gpt, policy_gradient, rollout, sft, tokenizer, streams
 CODE = hashlib.sha256("".join(map(inspect.getsource, SOURCES)).encode()).hexdigest()
 
 
@@ -22,11 +22,14 @@ class RunFolderError(ValueError):
     """A folder that this run cannot have; the message is one sentence that says why and what to do."""
 
 
-def warm_start(cfg: Config, who: str) -> tuple[Path, dict]:
-    """Where the warm start of the "teacher" or the "student" is cached, and its key: what determines its weights."""
+def warm_start(cfg: Config, who: str, how: Callable | None = None) -> tuple[Path, dict]:
+    """Where the warm start of the "teacher" or the "student" is cached, and its key: what determines its weights.
+
+    how  the function that trains it
+    """
     names = ("task", "digits", "seed", "sft_batch_size", "sft_lr", "reference_slot")
     key = {"code": CODE, "who": who, "gpt": dataclasses.asdict(cfg.gpt(who)), "steps": getattr(cfg, f"{who}_steps")}
-    key |= {name: getattr(cfg, name) for name in names}
+    key |= {name: getattr(cfg, name) for name in names} | {"how": inspect.getsource(how) if how else ""}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return Path(cfg.out_dir) / "warm_starts" / f"{who}-{cfg.task}{cfg.digits}-seed{cfg.seed}-{digest}.pt", key
 

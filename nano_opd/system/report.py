@@ -19,7 +19,7 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe–Ito: colour-bli
 
 
 def warn_of_a_weak_teacher(run: Run, teacher: GPT) -> None:
-    """One line if a larger teacher answers less than nine in ten held-out problems."""
+    """One line if a larger teacher is right on fewer than nine in ten held-out problems."""
     if not run.cfg.reference_slot:
         problems = draw_problems(run.cfg, "teacher check", 500, held_out=True)
         right, _ = answers(run, teacher, problems, torch_stream(run.cfg.seed, "teacher check", device=run.device))

@@ -77,7 +77,7 @@ class Run:
 
         train  trains a new model in place and yields after each update
         """
-        path, key = folder.warm_start(self.cfg, who)
+        path, key = folder.warm_start(self.cfg, who, train)
         with distributed.rank_0_first():
             torch.manual_seed(torch_stream(self.cfg.seed, f"{who} weights").initial_seed())
             model = GPT(self.cfg.gpt(who)).to(self.device)
