@@ -81,9 +81,9 @@ def test_the_record_of_the_fast_sampler(model, prompts):
     assert torch.equal(best[greedy.mask], greedy.responses[greedy.mask])
 
 
-@pytest.mark.parametrize("P,R,greedy", [(58, 10, False), (1, 4, True)])
+@pytest.mark.parametrize("P,R,greedy", [(60, 6, False), (1, 4, True)])
 def test_compiled_sampling_draws_the_same_tokens(P, R, greedy, compiler):
-    """Pieces of 4, 4 and 2 tokens, the last two with more than 64 keys; and a prompt that needs no prefill."""
+    """Pieces of 4 and 2 tokens, the second with more than 64 keys; and a prompt that needs no prefill."""
     model, prompts = new_model(P + R, n_layer=1, n_head=2, n_embd=8), new_prompts(40, P)
     draw = lambda sample, **how: sample(model, prompts, R, torch.Generator().manual_seed(1), greedy, **how)
     want = draw(rollout.sample)

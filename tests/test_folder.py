@@ -107,7 +107,8 @@ import importlib, sys
 from pathlib import Path
 from nano_opd.system import config, folder
 cfg, paths = config.Config(), {}
-for name in ("gpt", "sft", "arithmetic", "tokenizer", "policy_gradient", "rollout", "opdplus", "system.report"):
+names = "gpt sft arithmetic tokenizer policy_gradient rollout system.streams opdplus system.report"
+for name in names.split():
     module = importlib.import_module(f"nano_opd.{name}")
     before = folder.warm_start(cfg, "student")[0]
     with open(module.__file__, "a", encoding="utf-8") as file:
@@ -122,7 +123,11 @@ def test_a_warm_start_is_trained_anew_when_what_trains_it_is_edited(tmp_path):
     shutil.copytree(ROOT / "nano_opd", tmp_path / "nano_opd")
     command = [sys.executable, "-c", EDITED]
     ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
-    assert ended.stdout.decode().split() == "gpt sft arithmetic tokenizer policy_gradient rollout".split(), ended.stderr
+    edited = "gpt sft arithmetic tokenizer policy_gradient rollout system.streams".split()
+    assert ended.stdout.decode().split() == edited, ended.stderr
+    cfg = config.Config()
+    paths = {folder.warm_start(cfg, "student", how)[0] for how in (train.warm_start, train.update)}
+    assert len(paths) == 2
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_is_made_anew(tmp_path, monkeypatch):

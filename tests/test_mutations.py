@@ -154,7 +154,7 @@ MUTATIONS = {
         ("d.f_prime(x) + c", "d.f_prime(x)", "judge: jsd_falling"),
         ("d.unbiased(x) + c", "d.unbiased(x)", "judge: jsd_falling"),
         ("softplus(x) / 2 - math.log(2)", "softplus(x) / 2", "divergences: minus_f"),
-        ("clip(d.unbiased)", "d.unbiased", "methods: distillation"),
+        ("clip(d.unbiased)", "d.unbiased", "methods: distillation and log_u_clip"),
         ("x.clamp(-bound, bound)", "x.clamp(max=bound)", "methods: clipped_fraction or distillation"),
     ],
     "system/config.py": [
@@ -205,14 +205,14 @@ MUTATIONS = {
             "methods: distillation",
         ),
         ("stop_gradient=estimator is opd", "stop_gradient=estimator is opdplus", "methods: distillation"),
-        ("s.mask, f, gamma, baseline)", "s.mask, f, 0.0, baseline)", "methods: distillation"),
+        ("s.mask, f, gamma, baseline)", "s.mask, f, 0.0, baseline)", "methods: distillation and gamma"),
         ("s.mask, f, gamma, baseline)", "s.mask, f, gamma)", "methods: distillation"),
-        ("f = divergences.clipped(f, log_u_clip)", "pass", "methods: distillation"),
+        ("f = divergences.clipped(f, log_u_clip)", "pass", "methods: distillation and log_u_clip"),
         ("torch.where(s.mask.unsqueeze(-1), x, 0.0)", "x", "methods: after_the_eos"),
         (
             "policy_gradient.loss(s.student_logp, A, s.mask, normalize)",
             "policy_gradient.loss(s.student_logp, A, s.mask)",
-            "methods: distillation",
+            "methods: distillation and token_mean",
         ),
         (
             "A, s.mask, clip_low, clip_high, normalize)",
@@ -230,9 +230,13 @@ MUTATIONS = {
         (
             'clip_low, clip_high, "batch")',
             'clip_low, clip_high, "token_mean")',
-            "methods: distillation",
+            "methods: distillation and grpo+opsd",
         ),
-        ("gkd_loss(s, divergence)[0] + loss", "gkd_loss(s, divergence)[0] - loss", "methods: distillation"),
+        (
+            "gkd_loss(s, divergence)[0] + loss",
+            "gkd_loss(s, divergence)[0] - loss",
+            "methods: distillation and grpo+opsd",
+        ),
     ],
     "../train.py": [
         ("if epoch == 0:", "if True:", "methods: rewarded"),
@@ -305,7 +309,7 @@ MUTATIONS = {
         ("if not good), ", "if good), ", "judge: wrong_advantage"),
     ],
     "exact.py": [
-        ("frozen = world.probability()", "frozen = world.probability(theta)", "exact: prefix_by_prefix"),
+        ("world.probability().detach()", "world.probability(theta)", "exact: prefix_by_prefix"),
         ("ends.cumsum(1) - ends == 0", "ends.cumsum(1) == 0", "exact: listed_once"),
         ("second - mean.square().sum()", "second", "exact: one_response_at_a_time"),
         ("f(log_u.sum(1))", "f(log_u).sum(1)", "exact: names_say"),

@@ -32,7 +32,7 @@ TINY = (
 
 def warm(cfg, who):
     """A cached warm start of a run that has been made."""
-    path, key = folder.warm_start(cfg, who)
+    path, key = folder.warm_start(cfg, who, train.warm_start)
     model = GPT(cfg.gpt(who))
     checkpoint.load(path, key, torch.device("cpu"), {"model": model})
     return model
