@@ -69,8 +69,9 @@ def paths(
     """Students (S, V), as logits, that follow the expected update: their probabilities on the way, (steps+1, S, V).
 
     A step is the update, but no longer than `size` in the logits: far from the teacher the way is the same, in more
-    steps. A student that has put 0.999 on one token stays there. Raises ValueError unless
-    log_q, (V,) or (S, V), holds log-probs.
+    steps. A student that has put 0.999 on one token stays there.
+
+    Raises ValueError unless log_q, (V,) or (S, V), holds log-probs.
     """
     require_log_probs(log_q=log_q)
     z, visited = starts, [starts.softmax(-1)]

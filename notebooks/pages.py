@@ -98,7 +98,7 @@ def sizes_table(results: Results) -> str:
     """Three methods as they are, on every task and three sizes."""
     arms = {  # 3-digit addition has been run with the methods
         (task, digits): [BARE[m] if (task, digits) == ("add", 3) else f"{m}, {task} {digits}" for m in reproduce.SIZED]
-        for task in ("add", "sub", "mul", "mix")
+        for task in reproduce.TASKS
         for digits in reproduce.DIGITS
     }
     rows = [

@@ -149,9 +149,9 @@ def peers(layers: int, width: int, B: int, device: Device, dtype: Dtype, seconds
             tokens = torch.cat([tokens, probs.multinomial(1)], dim=1)
         return tokens
 
-    ways = {"sample": "off" if device.type == "cpu" else "auto"} | (
-        {"sample, compiled": "on"} if device.type == "cpu" and has_compiler(device) else {}
-    )
+    ways = {"sample": "off" if device.type == "cpu" else "auto"}
+    if device.type == "cpu" and has_compiler(device):
+        ways["sample, compiled"] = "on"
     ours = {name: lambda way=way: sampler(device, way)(model, prompts, R).tokens for name, way in ways.items()}
     generate = lambda: gpt2.generate(prompts, attention_mask=torch.ones_like(prompts), **knobs)
     others = {"the same without a cache": without_cache, "Hugging Face generate": generate}
@@ -271,10 +271,8 @@ def main(arguments: list[str] | None = None) -> None:
         "operators": [lambda: operators(B)],
         "scaling": [lambda a=a: scaling(*a, *where) for a in axes.items()],
     }
-    for name in [n for n in ("peers", "precision", "scaling", "operators") if getattr(args, n)] or [
-        "speed",
-        "vocabulary",
-    ]:
+    asked = [name for name in ("peers", "precision", "scaling", "operators") if getattr(args, name)]
+    for name in asked or ["speed", "vocabulary"]:
         rows = []
         for measure in tables[name]:
             try:

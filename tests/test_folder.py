@@ -110,11 +110,11 @@ cfg, paths = config.Config(), {}
 names = "gpt sft arithmetic tokenizer policy_gradient rollout system.streams opdplus system.report"
 for name in names.split():
     module = importlib.import_module(f"nano_opd.{name}")
-    before = folder.warm_start(cfg, "student")[0]
+    before = folder.warm_start(cfg, "student", config.parse)[0]
     with open(module.__file__, "a", encoding="utf-8") as file:
         file.write("# edited")
     importlib.reload(folder)
-    paths[name] = folder.warm_start(cfg, "student")[0] != before
+    paths[name] = folder.warm_start(cfg, "student", config.parse)[0] != before
 print(*[name for name, changed in paths.items() if changed])
 """
 

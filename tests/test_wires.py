@@ -119,7 +119,7 @@ def test_a_warm_start_learns_its_solutions_and_nothing_of_its_prompts():
     "flag", ["--sft-lr 0.001", "--sft-batch-size 4", "--student-steps 5", "--seed 1", "--student-width 16"]
 )
 def test_another_warm_start_has_another_file(flag):
-    path = lambda *flags: folder.warm_start(config.parse([*TINY, *flags]), "student")[0]
+    path = lambda *flags: folder.warm_start(config.parse([*TINY, *flags]), "student", train.warm_start)[0]
     assert path(*flag.split()) != path() == path("--lr", "0.1")
 
 

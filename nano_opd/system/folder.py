@@ -22,14 +22,14 @@ class RunFolderError(ValueError):
     """A folder that this run cannot have; the message is one sentence that says why and what to do."""
 
 
-def warm_start(cfg: Config, who: str, how: Callable | None = None) -> tuple[Path, dict]:
+def warm_start(cfg: Config, who: str, how: Callable) -> tuple[Path, dict]:
     """Where the warm start of the "teacher" or the "student" is cached, and its key: what determines its weights.
 
     how  the function that trains it
     """
     names = ("task", "digits", "seed", "sft_batch_size", "sft_lr", "reference_slot")
     key = {"code": CODE, "who": who, "gpt": dataclasses.asdict(cfg.gpt(who)), "steps": getattr(cfg, f"{who}_steps")}
-    key |= {name: getattr(cfg, name) for name in names} | {"how": inspect.getsource(how) if how else ""}
+    key |= {name: getattr(cfg, name) for name in names} | {"how": inspect.getsource(how)}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return Path(cfg.out_dir) / "warm_starts" / f"{who}-{cfg.task}{cfg.digits}-seed{cfg.seed}-{digest}.pt", key
 
