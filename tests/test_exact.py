@@ -198,6 +198,14 @@ def test_moments_against_one_response_at_a_time():
     assert (got.bias_squared(target) + got.variance).item() == pytest.approx(mse.item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("kind", exact.OBJECTIVES)
+def test_an_objective_differentiated_in_the_worlds_own_weights_has_its_gradient(kind, ends):
+    """The prefixes stay fixed there too, though θ is what decides how often each is visited."""
+    d, own = divergences.get("jsd"), replace(ends, theta=ends.theta.clone().requires_grad_())
+    exact.objective(own, d, kind).backward()
+    assert equal(own.theta.grad, exact.gradient(ends, d, kind))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_prefix_objective_prefix_by_prefix(name, ends):
     """In a table, the gradient of row s is P(s) ∇D_f at s and nothing else."""

@@ -310,6 +310,7 @@ MUTATIONS = {
     ],
     "exact.py": [
         ("world.probability().detach()", "world.probability(theta)", "exact: prefix_by_prefix"),
+        ("world.probability().detach()", "world.probability()", "exact: own_weights"),
         ("ends.cumsum(1) - ends == 0", "ends.cumsum(1) == 0", "exact: listed_once"),
         ("second - mean.square().sum()", "second", "exact: one_response_at_a_time"),
         ("f(log_u.sum(1))", "f(log_u).sum(1)", "exact: names_say"),

@@ -345,6 +345,8 @@ def refused(capsys, *arguments) -> str:
         ("--grad-clip -1", "--grad-clip -1.0: must be 0.0 or more"),
         ("--log-u-clip -1", "--log-u-clip -1.0: must be 0.0 or more"),
         ("--variance full --gamma 0.5", "--gamma 0.5 sums what was sampled"),
+        ("--top-k 8", "--top-k 8: only --variance topk reads it"),
+        ("--method grpo+opsd --normalize token_mean", "means nothing with --method grpo+opsd"),
         ("--variance full --log-u-clip 3", "no meaning with --variance full"),
         ("--variance full --normalize token_mean", "no meaning with --variance full"),
         ("--method sft --gamma 0.5", "--gamma 0.5 means nothing with --method sft"),
