@@ -21,7 +21,7 @@ from nano_opd.evaluate import prompts_of, slots_of
 from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS
 from nano_opd.rollout import Rollout, sample
-from nano_opd.system import checkpoint, config, distributed, streams
+from nano_opd.system import checkpoint, config, console, distributed, streams
 from nano_opd.system.checks import NumericalFault
 from nano_opd.system.fast_rollout import sampler
 
@@ -307,6 +307,19 @@ def test_a_bad_command_line_is_refused_once(tmp_path):
     ended = torchrun("train.py", "--batch-size", "5", "--out-dir", tmp_path / "out")
     assert ended.returncode != 0 and not (tmp_path / "out").exists()
     assert ended.stderr.count("train.py: --batch-size 5: must be a multiple of the 2 processes\n") == 1
+
+
+def test_a_process_that_does_not_speak_lets_the_one_that_does_end_first(capsys, monkeypatch):
+    """On a busy machine rank 1 was first, and torchrun ended rank 0 before it had said what is wrong."""
+    waited = []
+    monkeypatch.setattr(console.time, "sleep", waited.append)
+    for rank, waits in (("0", []), ("1", [console.PATIENCE])):
+        env = {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_PORT": "29500"}
+        for name, value in (env | {"MASTER_ADDR": "localhost"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as end:
+            config.parse(["--batch-size", "5"])
+        assert end.value.code == 2 and bool(capsys.readouterr().err) == (rank == "0") and waited == waits
 
 
 @pytest.mark.parametrize(

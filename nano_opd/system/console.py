@@ -4,7 +4,10 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from typing import TextIO
+
+PATIENCE = 30  # seconds
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,6 +16,8 @@ class Parser(argparse.ArgumentParser):
     speaks = True  # one of several processes does
 
     def error(self, message: str):
+        if not self.speaks:
+            time.sleep(PATIENCE)  # the launcher ends all with the first to end, so the one that speaks is to be first
         self.exit(2, f"{self.prog}: {message}\n" if self.speaks else None)
 
 
