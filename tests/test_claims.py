@@ -194,7 +194,10 @@ def test_the_reasons_in_the_short_table_are_in_the_csvs():
     why = list(claims.FOUND.values())
     reverse_kl = mean_end("opd, reverse_kl, sampled")
     assert f"OPD with reverse KL ends at {reverse_kl}, so at most {1 - float(reverse_kl):.3f}" in why[5]
-    assert f"OPSD ends at {mean_end('opsd, work')}" in why[7] and f", at {mean_end('opsd, cite')}." in why[7]
+    assert (
+        f"OPSD ends at {mean_end('opsd, work')}, above GRPO's {mean_end('grpo')}" in why[7]
+        and f" at {mean_end('opsd, cite')}." in why[7]
+    )
     low, *most = sorted(end("opsd", "leak_rate"))
     assert len(most) == 4 and f"in {most[0]} to {most[-1]} of their answers, one in {low}" in why[8]
     search, confirm = (claims.tested(claims.CLAIMS[name], results) for name in ("search", "confirm"))
@@ -220,6 +223,13 @@ def test_what_the_prose_says_of_perfect_credit():
     assert all(float(gains[arm]) < 0.05 for arm in reproduce.ceiling.ARMS)  # hardly anything to gain
     for arm in ("λ=1, ε_w=1, less its one", "running value"):
         assert end(arm) < end("grpo") - 0.1  # does harm
+    *honest, few, most = sorted((seed[-1]["leak_rate"], i) for i, seed in enumerate(results["running value"]))
+    losses = [c for c in claims.CLAIMS["credit"] if c.text == "running value"][0].differences(results)
+    assert honest[-1][0] < 0.01 and sorted(losses)[:2] == [losses[most[1]], losses[few[1]]]
+    notebook = (ROOT / "notebooks" / "04_credit.ipynb").read_text(encoding="utf-8")
+    page = " ".join((ROOT / "notebooks" / "README.md").read_text(encoding="utf-8").split())
+    assert f"two of five seeds learn to cite, in {few[0]:.2f} and {most[0]:.2f} of their answers" in page
+    assert f"end {-losses[few[1]]:.2f} and {-losses[most[1]]:.2f} below GRPO" in notebook
     oracle, end = (
         np.mean([[row["accuracy"] for row in seed] for seed in results[arm]], 0)
         for arm in ("exact A from 120", "grpo from 120")
@@ -245,6 +255,29 @@ def test_what_the_prose_says_of_grpo_and_of_evaluations():
     assert f"RLSD at {end('rlsd, cite'):.3f} and cites in {cites('rlsd, cite'):.3f}" in readme
     assert "--eval-size 250" in reproduce.EVALUATION  # four times as many at the start and at the end
     assert all(seed[-1]["response_length"] < 4 for arm in results if "γ=1" in arm for seed in results[arm])
+
+
+def test_what_the_prose_says_of_gamma_and_of_the_other_divergences():
+    results = claims.load(RESULTS)
+    page, readme = (
+        " ".join((ROOT / p).read_text(encoding="utf-8").split()) for p in ("notebooks/README.md", "README.md")
+    )
+    of = lambda column, arm, n: statistics.mean(seed[n][column] for seed in results[arm])
+    J = lambda arm, n: statistics.mean(seed[n]["kl"] * seed[n]["response_length"] for seed in results[arm])  # Σ_n KL
+    for arm in ("opd, reverse_kl, γ=1", "opdplus, reverse_kl, γ=1"):
+        assert results[arm][0][1]["step"] == 25 and [round(J(arm, n)) for n in (0, -1, 1)] == [14, 14, 22]
+    assert "it is 14 nats at the start and at the end" in page and "to 22 nats after 25 updates" in page
+    assert J("opdplus, jsd, γ=0.5", -1) < 0.3  # near 0 where the student is near the teacher
+    lengths = [seed[-1]["response_length"] for arm in results if "γ=1" in arm for seed in results[arm]]
+    assert "shrink to one to four tokens" in page and 1 <= min(lengths) and 3.5 < max(lengths) < 4
+    of_chi2 = [f"opdplus, {chi2}_chi2, sampled" for chi2 in ("pearson", "neyman")]
+    assert all(seed[-1]["accuracy"] < 0.02 < seed[0]["accuracy"] for arm in of_chi2 for seed in results[arm])
+    norms = {row[1]: row[7] for row in cells(pages.arms_table(results))}
+    assert [norms[arm] for arm in of_chi2] == ["1.22e+04", "1.76e+07"] and norms["opdplus, jsd, sampled"] == "4.27"
+    assert "its gradient norm is 1.2e4 and 1.8e7, against 4 under" in page
+    start, end = (of("accuracy", "opd, tv,c=-0.5", n) for n in (0, -1))
+    assert f"there OPD falls from {start:.3f} to {end:.3f}" in readme
+    assert all(seed[-1]["accuracy"] < seed[0]["accuracy"] for seed in results["opd, tv,c=-0.5"])
 
 
 def test_the_seeds_that_leak_are_counted():
