@@ -73,11 +73,11 @@ def update(cfg: Config, step: int, student: nn.Module, teacher: nn.Module, optim
 def train(run: runs.Run, student: GPT, teacher: GPT) -> None:
     """The loop: evaluate now and then, update every time. What it measures is in run.rows."""
     cfg, optimizer = run.cfg, sft.adamw(student, run.cfg.lr)
-    student.precision = teacher.precision = precision(cfg.dtype, run.device, cfg.teacher_width)
+    student.precision = teacher.precision = precision(cfg.dtype, run.device, teacher.config.n_embd)
     scored_student, scored_teacher = replicate(compiled(cfg.compile, student)), compiled(cfg.compile, teacher)
     sample, sample_for_evaluation = (sampler(run.device, cfg.compile, seldom) for seldom in (False, True))
     held_out = draw_problems(cfg, "held-out", 4 * cfg.eval_size, held_out=True)
-    parts = {"student": student, "optimizer": optimizer} | ({"self_teacher": teacher} if cfg.reference_slot else {})
+    parts = {"student": student, "optimizer": optimizer, "teacher": teacher}
 
     for step in run.steps(parts):
         if step == 0:

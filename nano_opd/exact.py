@@ -29,6 +29,7 @@ from torch.func import grad, vmap
 
 from nano_opd import policy_gradient
 from nano_opd.divergences import Divergence
+from nano_opd.gpt import logprobs_of
 
 OBJECTIVES = ("prefix", "return", "sequence")
 MAX_RESPONSES = 10**6
@@ -135,8 +136,7 @@ def sampled(advantage: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], norma
     """
 
     def estimator(tokens: Tensor, mask: Tensor, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        student_logp = at(tokens, student_logits.log_softmax(-1))  # (B, R)
-        teacher_logp = at(tokens, teacher_logits.log_softmax(-1))
+        student_logp, teacher_logp = logprobs_of(tokens, student_logits), logprobs_of(tokens, teacher_logits)  # (B, R)
         A = advantage(teacher_logp - student_logp, mask, student_logits, teacher_logits)
         return policy_gradient.loss(student_logp, A, mask, normalize)
 

@@ -7,6 +7,9 @@ constant divisor B in the place of each response's own length.
 
 Its gradient Σ_v ∇p_v (f − u f′)(u_v) is the mean of OPD+'s at γ = 0 over the action y_n, so it carries no action
 variance. With `stop_gradient` it is the mean of OPD's instead: that estimator's bias, without its noise.
+
+In float32 f(u) overflows from about log u = 84 on (forward KL; most others 88), though p f(u) is finite there: the loss
+is then inf.
 """
 
 from torch import Tensor

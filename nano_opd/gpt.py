@@ -1,4 +1,5 @@
-"""A decoder-only transformer: GPT-2 with layer norms that learn nothing, normalised queries and keys, no biases.
+"""A decoder-only transformer: GPT-2 without biases, and with layer norms that learn nothing, one of them on the
+embedding, others on queries and keys (over all heads at once).
 
 Teacher and student are two sizes of it. With a static key-value cache, written in place, each new token costs one
 position instead of the whole prefix; its logits equal those of the full forward.

@@ -44,7 +44,7 @@ def sft_loss(s: Scored) -> Loss:
 
 
 def null_loss(s: Scored, normalize) -> Loss:
-    """The control of 2608.31046: no teacher, the same blame for every token. The mean gradient is 0; noise is left."""
+    """The control of 2608.31046: no teacher, the same blame for every token. Over B its mean is 0: noise is left."""
     return policy_gradient.loss(s.student_logp, -torch.ones_like(s.student_logp), s.mask, normalize), {}
 
 
@@ -70,8 +70,7 @@ def distillation_loss(
         return topk.loss(*logits, s.tokens, s.mask, A, top_k, normalize), measured
     baseline = None
     if variance == "baseline":
-        logits = [torch.where(s.mask.unsqueeze(-1), x, 0.0) for x in (s.student_logits, s.teacher_logits)]
-        baseline = estimator.exact_baseline(*logits, f)
+        baseline = estimator.exact_baseline(s.student_logits, s.teacher_logits, f, s.mask)
     A = estimator.advantage(log_u, s.mask, f, gamma, baseline)
     return policy_gradient.loss(s.student_logp, A, s.mask, normalize), measured
 

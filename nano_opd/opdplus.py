@@ -44,9 +44,11 @@ def advantage(
     return torch.where(mask, A, 0.0)
 
 
-def exact_baseline(student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence) -> Tensor:
+def exact_baseline(
+    student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence, mask: Tensor | None = None
+) -> Tensor:
     """E_{v∼p}[w_f(u_v)] at each prefix, (B, R), detached; errors as policy_gradient.mean_over_vocabulary.
 
     Subtracting it leaves the expectation alone. It need not lower the variance: that depends on f, p and q.
     """
-    return mean_over_vocabulary(student_logits, teacher_logits, divergence.unbiased)
+    return mean_over_vocabulary(student_logits, teacher_logits, divergence.unbiased, mask)

@@ -76,11 +76,12 @@ def future_return(reward: Tensor, gamma: float) -> Tensor:
 
 
 def mean_over_vocabulary(
-    student_logits: Tensor, teacher_logits: Tensor, advantage: Callable[[Tensor], Tensor]
+    student_logits: Tensor, teacher_logits: Tensor, advantage: Callable[[Tensor], Tensor], mask: Tensor | None = None
 ) -> Tensor:
     """E_{v∼p}[A(u_v)] at each prefix, (B, R), in closed form: the exact baseline of an advantage A(log u).
 
     student_logits, teacher_logits  (B, R, V)
+    mask                            (B, R) bool, or None: every prefix counts; behind it the mean is A(0)
 
     Raises ValueError when their shapes differ, they are integers, or the sum is NaN: a p below e^−103 is 0 in float32,
     and its u = ∞.
@@ -88,11 +89,13 @@ def mean_over_vocabulary(
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     require_floating(student_logits=student_logits, teacher_logits=teacher_logits)
 
-    def mean_of(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        student_logp = student_logits.log_softmax(-1)
-        return (student_logp.exp() * advantage(teacher_logits.log_softmax(-1) - student_logp)).sum(-1)
+    mask = torch.ones_like(student_logits[..., 0], dtype=torch.bool) if mask is None else mask
 
-    given = student_logits.detach(), teacher_logits.detach()  # drops nothing: a baseline is a constant
+    def mean_of(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
+        student_logp = log_probs_within(student_logits, mask)
+        return (student_logp.exp() * advantage(log_probs_within(teacher_logits, mask) - student_logp)).sum(-1)
+
+    given = student_logits.detach(), teacher_logits.detach(), mask  # drops nothing: a baseline is a constant
     mean = a_few_at_a_time(mean_of, *given)
     require_no_nan("baseline", mean)
     return mean

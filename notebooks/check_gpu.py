@@ -128,6 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--device {error}")
     report = {"machine": machine(device, torch.float32), "checks": [], "speed": {}}
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # of several
         report["machine"] += f", CUDA {torch.version.cuda}, {torch.cuda.get_device_properties(device)}"
     print(report["machine"])
 
@@ -135,12 +136,14 @@ def main(arguments: list[str] | None = None) -> None:
         args.file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in WITHIN:
-            for checked in (*updates(device, dtype), *samples(device, dtype)):
-                report["checks"].append(checked)
-        report["checks"] += runs(device, folder)
+        of_dtypes = [check(device, dtype) for dtype in WITHIN for check in (updates, samples)]
+        for checks in (*of_dtypes, runs(device, folder)):
+            try:
+                report["checks"].extend(checks)
+            except Exception as error:  # the report goes on
+                report["checks"].append(row(f"{checks.__name__}: {type(error).__name__}: {error}", float("inf"), 0.0))
+            keep()
     print(markdown(report["checks"]))
-    keep()
     for size in [(2, 64), (6, 384), (12, 768)] if device.type == "cuda" else [(2, 64)]:
         for dtype in WITHIN if device.type == "cuda" else [torch.float32]:
             rows, _ = measure(*new_pair(*size, P + R, device), B, dtype, seconds=5)

@@ -180,6 +180,15 @@ CLAIMS = {
         Claim("γ = ½ costs accuracy against γ = 0", "opdplus, jsd, γ=0.5", JSD[1], -1),
         Claim("γ = 1 costs accuracy against γ = 0", "opdplus, jsd, γ=1", JSD[1], -1),
     ],
+    # what falls to 0 at the rate of the dense methods: its noise, or what it descends?
+    "noise": [
+        Claim("GRPO, lr 5e-3, 64 responses an update: it falls below its start", "grpo, lr=5e-3", "@ start", -1),
+        Claim("GRPO, lr 5e-3, 512 responses an update: it rises", "grpo, lr=5e-3, B=512", "@ start", +1),
+        Claim("γ = 1, reverse KL, lr 5e-3: OPD+ falls below its start", "opdplus, reverse_kl, γ=1", "@ start", -1),
+        Claim(
+            "γ = 1, reverse KL, lr 5e-4: OPD+ ends above its start", "opdplus, reverse_kl, γ=1, lr=5e-4", "@ start", +1
+        ),
+    ],
     # settings in which token-level credit might matter: RLSD − GRPO, all else the same
     "search": [
         *(Claim(name, f"rlsd, {name}", "grpo", +1) for name in reproduce.RLSD_ONLY),

@@ -14,7 +14,7 @@ from torch import Tensor, exp, expm1, log1p, logaddexp
 
 from nano_opd import divergences
 from nano_opd.divergences import Divergence
-from nano_opd.judge import generator, of_u
+from nano_opd.law import generator, of_u
 
 Pair = Callable[[Tensor, Tensor], Tensor]
 ALPHA, BETA, LAMBDA, TAU, K = 0.2, 0.3, 1.25, 0.1, 2  # of the rows below; any other would do

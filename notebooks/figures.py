@@ -89,7 +89,7 @@ def seed_curves(results: dict[str, list[list[dict]]], columns: dict[str, str]) -
 
 def _bands(ax, results: dict[str, list[list[dict]]], column: str, x: str = "step") -> None:
     """Each arm's mean over its seeds and the 95 % interval of that mean, as far as all of its seeds got."""
-    for (arm, seeds), color in zip(results.items(), COLORS):
+    for (arm, seeds), color in zip(results.items(), COLORS[: len(results)], strict=True):
         measured = [[(row[x], row[column]) for row in rows if row[column] is not None] for rows in seeds]
         intervals = [mean_interval([value for _, value in at_step]) for at_step in zip(*measured)]
         if not intervals:
@@ -302,7 +302,7 @@ def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str, truth: flo
 def flow(rows: dict[str, dict[str, torch.Tensor]], teacher: torch.Tensor, names: Sequence[str] = "ABC") -> Figure:
     """The ways of students over three tokens, each a line in the triangle of all distributions, from its dot onwards.
 
-    rows     row label → panel title → their probabilities after each step (steps+1, S, 3), as judge.paths returns them
+    rows     row label → panel title → their probabilities after each step (steps+1, S, 3), as law.paths returns them
     teacher  (3,) the star; under each panel stands how many students end within 0.02 of it
     """
     titles = list(next(iter(rows.values())))

@@ -33,7 +33,7 @@ from claims import (
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nano_opd import divergences, judge
+from nano_opd import divergences, law
 from nano_opd.system.console import Parser, accept_any_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,8 +193,8 @@ def flows() -> tuple[dict[str, dict[str, Tensor]], Tensor]:
     rows = {"OPD": {}, "OPD+": {}}
     for d in map(divergences.get, reproduce.DIVERGENCES[:3]):
         for row, A in zip(rows, (d.stop_gradient, d.unbiased)):
-            rows[row][figures.NAMES[d.name]] = judge.paths(judge.of_u(A), judge.STUDENTS.log(), judge.TEACHER.log())
-    return rows, judge.TEACHER
+            rows[row][figures.NAMES[d.name]] = law.paths(law.of_u(A), law.STUDENTS.log(), law.TEACHER.log())
+    return rows, law.TEACHER
 
 
 def minus(seeds: list[list[dict]], others: list[list[dict]]) -> list[list[dict]]:

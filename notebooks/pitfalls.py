@@ -230,18 +230,6 @@ def top_k(whose: str, tail: str = "", k: int = 2):
     return value
 
 
-def sampled_tail(whose: str, k: int = 2) -> exact.Estimator:
-    """The top k summed, the others sampled: sg(1 − ln u) ln p where the sampled token is one of them."""
-
-    def loss(tokens, mask, p, q):
-        logp, top = at(tokens, p), (p if whose == "student" else q).topk(k).indices
-        A = (1 + logp - at(tokens, q)).detach()  # drops ∇ ln u, whose mean the 1 stands for
-        outside = ~(top == tokens.unsqueeze(-1)).any(-1)
-        return policy_gradient.reduce(top_k(whose, k=k)(p, q) + torch.where(outside, A * logp, 0.0), mask)
-
-    return loss
-
-
 # --------------------------------------------------------------------------------------- who samples, who scores: 9, 10
 
 

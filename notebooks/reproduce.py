@@ -188,9 +188,17 @@ EXPERIMENTS = {
     "rate": Experiment(SHORT, rates(("opd", "opdplus"), DIVERGENCES[:3]), seeds=3, seconds=25),
     "rate_clip": Experiment(SHORT, rates(("opd",), DIVERGENCES[1:3], "--grad-clip 1", ", clipped"), 3, 25),
     "rate_near": Experiment(SHORT, rates(("opd",), DIVERGENCES[1:3], "--student-steps 300", ", near"), 3, 25),
+    "noise": Experiment(  # what falls at the rate of the dense methods: is it noise? GRPO's own rate is 4e-4
+        EVALUATION,
+        {f"grpo, lr={lr}": f"--method grpo --lr {lr} --steps 100" for lr in ("4e-4", "1e-3", "2e-3", "5e-3")}
+        | {"grpo, lr=5e-3, B=512": "--method grpo --lr 5e-3 --steps 100 --batch-size 512"}
+        | {"opdplus, reverse_kl, γ=1, lr=5e-4": "--method opdplus --divergence reverse_kl --gamma 1 --lr 5e-4"},
+        seeds=5,
+        seconds=35,
+    ),
     # What perfect credit would bring; grpo, rlsd and their other clips, with the same start, are in rlsd and rlsd_clip.
     "credit": Experiment(EVALUATION, dict.fromkeys(ceiling.ARMS, "--method rlsd"), seeds=5, seconds=75),
-    # The same where right answers are rare, on fresh seeds: there the enumeration says that credit is worth most.
+    # The same where right answers are rare, on fresh seeds: there perfect credit saves more in enumerated chains.
     "credit_rare": Experiment(
         "--student-steps 120 --steps 1200 --eval-every 100 --eval-size 250",
         {
@@ -314,7 +322,7 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
 def commit() -> str:
     """The commit that is checked out, and whether the code that trains has been changed since."""
     git = lambda *arguments: subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout
-    changed = git("status", "--porcelain", "--", "nano_opd", "train.py")
+    changed = git("status", "--porcelain", "--", "nano_opd", "train.py", "notebooks/ceiling.py", "notebooks/credit.py")
     return (git("rev-parse", "--short", "HEAD").strip() or "unknown") + ("-dirty" if changed else "")
 
 

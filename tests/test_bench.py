@@ -177,3 +177,13 @@ def test_the_check_of_a_gpu_runs_every_path_and_goes_on_where_one_ends(monkeypat
     assert f"{len(rows) - 1} of {len(rows)} checks passed" in capsys.readouterr().out
     monkeypatch.setattr(check_gpu, "runs", lambda *_: rows[:-1])
     check_gpu.main(["--device", "cpu", "--file", str(tmp_path / "check.json")])  # all passed: it returns
+
+    def samples(*_):
+        yield rows[0]
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(check_gpu, "samples", samples)
+    with pytest.raises(SystemExit, match="1"):
+        check_gpu.main(["--device", "cpu", "--file", str(tmp_path / "check.json")])
+    report = json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))  # the report goes on
+    assert failed(report["checks"]) == ["samples: RuntimeError: no kernel"] * 2 and report["speed"]

@@ -109,6 +109,10 @@ def test_a_few_responses_at_a_time_are_all_of_them(stop_gradient, logits, monkey
         student = logits[0].clone().requires_grad_()
         loss = gkd.loss(student, logits[1], mask, d, stop_gradient)
         (loss + topk.loss(student, logits[1], mask.long(), mask, d.unbiased, 2)).backward()
+        within = opdplus.exact_baseline(
+            student.where(mask[..., None], torch.nan), logits[1], d, mask
+        )  # as NaN behind it
+        assert torch.equal(within[mask], opdplus.exact_baseline(*logits, d)[mask]) and (within[~mask] == 0).all()
         got.append((loss.detach(), student.grad, opdplus.exact_baseline(*logits, d)))
     for loss, gradient, baseline in got[1:]:
         torch.testing.assert_close(loss, got[0][0])

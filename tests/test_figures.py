@@ -30,6 +30,11 @@ def test_directions_marks_the_first_world_and_keeps_the_order_of_the_rows():
     assert [c.get_offsets()[0][0] for c in variance.collections] == [3, 2, 4]
 
 
+def test_more_arms_than_colours_are_refused():
+    with pytest.raises(ValueError):
+        figures.seed_curves({str(n): [[{"step": 0, "kl": 0.0}]] * 2 for n in range(9)}, {"kl": "KL"})
+
+
 def test_seed_curves_draw_the_mean_over_seeds_and_skip_what_was_not_measured():
     seeds = [[{"step": s, "kl": None if s == 1 else s + i} for s in range(3)] for i in range(4)]
     figure = figures.seed_curves({"one": seeds, "two": seeds[:1]}, {"kl": "KL"})

@@ -37,8 +37,8 @@ MUTATIONS = {
         ("own = reward\n", "own = divergence.unbiased(log_u)\n", "exact: missing_term"),
         ("future_return(reward, gamma)", "future_return(-reward, gamma)", "exact: missing_term"),
         (
-            "teacher_logits, divergence.stop_gradient)",
-            "teacher_logits, divergence.unbiased)",
+            "teacher_logits, divergence.stop_gradient,",
+            "teacher_logits, divergence.unbiased,",
             "estimators: exact_baselines",
         ),
     ],
@@ -55,7 +55,7 @@ MUTATIONS = {
         ("future_return(reward, gamma)", "future_return(own, gamma)", "exact: unbiased_for_the_prefix"),
         ("own + future_return", "own * future_return", "exact: unbiased_for_the_prefix"),
         ("A = A - baseline", "A = A * baseline", "exact: baseline_and_full"),
-        ("teacher_logits, divergence.unbiased)", "teacher_logits, divergence.f)", "estimators: exact_baselines"),
+        ("teacher_logits, divergence.unbiased,", "teacher_logits, divergence.f,", "estimators: exact_baselines"),
         ("return torch.where(mask, A, 0.0)", "return A", "estimators: term_by_term"),
     ],
     "gkd.py": [
@@ -208,7 +208,7 @@ MUTATIONS = {
         ("s.mask, f, gamma, baseline)", "s.mask, f, 0.0, baseline)", "methods: distillation and gamma"),
         ("s.mask, f, gamma, baseline)", "s.mask, f, gamma)", "methods: distillation"),
         ("f = divergences.clipped(f, log_u_clip)", "pass", "methods: distillation and log_u_clip"),
-        ("torch.where(s.mask.unsqueeze(-1), x, 0.0)", "x", "methods: after_the_eos"),
+        ("s.teacher_logits, f, s.mask)", "s.teacher_logits, f)", "methods: after_the_eos"),
         (
             "policy_gradient.loss(s.student_logp, A, s.mask, normalize)",
             "policy_gradient.loss(s.student_logp, A, s.mask)",
@@ -240,6 +240,8 @@ MUTATIONS = {
     ],
     "../train.py": [
         ("if epoch == 0:", "if True:", "methods: rewarded"),
+        ('"optimizer": optimizer, "teacher": teacher}', '"optimizer": optimizer}', "train: keeps_its_teacher"),
+        ("teacher.config.n_embd)", "student.config.n_embd)", "train: precision_is"),
         ("prompt_length, teacher_prompts)", "prompt_length, prompts)", "methods: self_teacher"),
         ('cfg.grad_clip or float("inf")', 'float("inf")', "methods: shortened"),
         ("4 * cfg.eval_size, held_out=True", "4 * cfg.eval_size", "methods: held_out"),
@@ -345,6 +347,7 @@ MUTATIONS = {
         ('generator, "work")', "generator)", "wires: pass_at_4"),
     ],
     "system/runs.py": [
+        ("stop.check()  # a signal", "None  # a signal", "train: after_the_last_update"),
         ("torch_stream(self.cfg.seed, f", "torch_stream(0, f", "wires: two_seeds"),
         ('self.started - state["seconds"]', "self.started", "wires: clock"),
     ],

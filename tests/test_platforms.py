@@ -207,11 +207,24 @@ def test_what_is_refused_is_less_than_a_run_really_holds():
 
 
 def test_a_device_that_runs_out_of_memory_is_one_sentence(capsys, tmp_path, monkeypatch):
-    for error in (MemoryError, torch.OutOfMemoryError):
-        monkeypatch.setattr(train, "update", lambda *_, error=error: (_ for _ in ()).throw(error("8 GiB")))
+    def allocate():
+        torch.empty(2**60, dtype=torch.uint8)
+
+    for n, error in enumerate((MemoryError("8 GiB"), torch.OutOfMemoryError("8 GiB"), None)):
+        fail = allocate if error is None else lambda error=error: (_ for _ in ()).throw(error)
+        monkeypatch.setattr(train, "update", lambda *_, fail=fail: fail())
         with pytest.raises(SystemExit) as end:
-            run(tmp_path / error.__name__)
+            run(tmp_path / str(n))
         assert end.value.code == 2 and "out of memory: choose a lower --batch-size" in capsys.readouterr().err
+    monkeypatch.setattr(train, "update", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(tmp_path / "bug")
+
+
+def test_a_self_teacher_needs_no_memory_of_its_own():
+    needs = lambda *given: memory.needs(config.parse(["--method", "rlsd", *given]))
+    assert needs() == needs("--teacher-steps", "1000000", "--teacher-width", "512")
+    assert needs()["--teacher-width and --teacher-layers"] == needs()["--student-width and --student-layers"]
 
 
 def test_bfloat16_is_taken_where_it_is_fast(monkeypatch):

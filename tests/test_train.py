@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import train
 from nano_opd.evaluate import wilson
 from nano_opd.methods import METHODS
-from nano_opd.system import checkpoint, config, report, runs
+from nano_opd.system import checkpoint, config, folder, report, runs
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -196,11 +196,36 @@ def test_the_self_teacher_is_frozen_synced_or_live(tmp_path, lucky):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "update", remember)
             run_dir = run(tmp_path / str(sync), "--method", "rlsd", "--teacher-sync", str(sync))
-        saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)["state"]["self_teacher"]
+        saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)["state"]["teacher"]
         for step, teacher in (teachers | {12: saved}).items():
             of = origin(min(step, 11))
             for past, student in students.items():
                 assert all(torch.equal(teacher[name], student[name]) for name in teacher) == (past == of), (step, past)
+
+
+def test_a_resumed_run_keeps_its_teacher_though_warm_starts_are_trained_anew(tmp_path, monkeypatch):
+    teacher = lambda folder: torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["teacher"]
+    before = teacher(run(tmp_path, "--steps", "5"))
+    monkeypatch.setattr(folder, "CODE", "edited")
+    monkeypatch.setattr(train, "warm_start", lambda cfg, who, model: iter(()))
+    after = teacher(run(tmp_path, "--steps", "6", "--resume"))
+    assert len([*(tmp_path / "warm_starts").glob("teacher*")]) == 2
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_signal_after_the_last_update_is_in_the_exit_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "report", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path)
+    assert end.value.code == 130 and "with --resume continues" in capsys.readouterr().err
+
+
+def test_the_precision_is_that_of_the_teacher_there_is(tmp_path, monkeypatch):
+    widths = []
+    monkeypatch.setattr(train, "precision", lambda dtype, device, width: widths.append(width) or torch.float32)
+    for method in ("opdplus", "rlsd"):
+        run(tmp_path, "--method", method)
+    assert widths == [16, 8]
 
 
 def test_the_reference_matters_and_the_control_is_another_one(tmp_path, lucky):

@@ -212,7 +212,7 @@ def test_a_verdict_counts_the_claims_that_were_tested():
 
 
 def test_what_an_arm_is_called_is_what_it_runs():
-    named = {"λ": "lam", "ε_w": "eps_w", "γ": "gamma", "lr": "lr", "G": "group_size"}
+    named = {"λ": "lam", "ε_w": "eps_w", "γ": "gamma", "lr": "lr", "G": "group_size", "B": "batch_size"}
     words = {"shuffled": "reference", "cite": "reference", "work": "reference", "topk": "variance", "full": "variance"}
     for experiment in reproduce.EXPERIMENTS.values():
         for arm, flags in experiment.arms.items():

@@ -67,7 +67,7 @@ def require_log_ratio(log_u: Tensor) -> None:
 
 
 def require_no_nan(name: str, values: Tensor) -> None:
-    """Raises NumericalFault for NaN, in sums over the vocabulary; an infinite divergence is a divergence."""
+    """Raises NumericalFault for NaN, in sums over the vocabulary; what is infinite there is left to the caller."""
     if values.isnan().any():
         raise NumericalFault(
             f"the {name} is NaN: the logits hold NaN, or give a token less than float32 can hold (e^-103)"

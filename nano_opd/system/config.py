@@ -29,8 +29,8 @@ def option(default, help, *, choices=None, low=None, high=None, needs: Callable[
     return dataclasses.field(default=default, metadata=meta)
 
 
-# The defaults that a method or a task may replace. A teacher is trained until it is right, a student until it sometimes
-# is: for 3 digits of add in the recipe's updates, else times EFFORT times digits/3.
+# The defaults that a method or a task may replace. A teacher is trained until it is right. A student is trained until
+# it sometimes is: for 3 digits of add in the recipe's updates, else in those times EFFORT times digits/3.
 RECIPE = {"steps": 400, "batch_size": 128, "lr": 5e-3, "student_steps": 110, "teacher_steps": 400}
 OF_TASK = {"mul": {"teacher_steps": 800, "steps": 1600}, "mix": {"teacher_steps": 1600, "steps": 1600}}
 EFFORT = {"sub": 1.25, "mul": 1.5, "mix": 2.5}

@@ -176,6 +176,7 @@ def start(cfg: Config) -> Iterator[Run]:
             say(f"train.py: {sentence}", sys.stderr)
         sys.exit(code)
 
+    full = "out of memory: choose a lower --batch-size, --eval-size or width"
     again = f"the same command with --resume continues {cfg.run_dir}"
     try:
         device = distributed.own_device(resolve(cfg.device))
@@ -183,15 +184,20 @@ def start(cfg: Config) -> Iterator[Run]:
             keep_freed_memory()
             run = Run(cfg, device, stop)
             yield run
+            stop.check()  # a signal after the last update
     except (checkpoint.CheckpointError, checkpoint.WriteError, folder.RunFolderError) as error:
         end(2, str(error))
     except NumericalFault as error:
         kept = f"The last good state, if one was saved, is in {cfg.run_dir / 'checkpoint.pt'}"
         end(1, f"step {run.step}: {error}. {kept}")
     except (MemoryError, torch.OutOfMemoryError):
-        end(2, f"out of memory: choose a lower --batch-size, --eval-size or width; {again}")
+        end(2, f"{full}; {again}")
     except distributed.RankLost as error:
         end(1, f"{error}; {again}")
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # torch has no type for a CPU without memory
+            raise
+        end(2, f"{full}; {again}")
     except KeyboardInterrupt:
         end(130, f"stopped at once; {again}")
     except Interrupted:
