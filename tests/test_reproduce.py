@@ -28,7 +28,7 @@ def test_every_arm_is_a_command_line_of_its_own():
         if name == "credit":  # one command, and an oracle for each arm
             continue
         assert len({str(arm.run_key()) for arm in arms}) == len(arms), name
-        if not name.startswith("sizes"):  # bare commands, each with its own recipe
+        if not name.startswith("sizes") and name != "noise":  # bare commands; rates and batches
             assert len({arm.steps for arm in arms}) == len({arm.batch_size for arm in arms}) == 1  # one budget
         folders = [arm.replace(", ", "-").replace(" ", "-") for arm in experiment.arms]
         assert len(set(folders)) == len(folders)
@@ -77,10 +77,10 @@ def test_an_oracle_is_in_the_place_of_the_update(tiny, monkeypatch):
     assert asked == ["exact A", "exact A", "running value", "running value"] * 2 and train.update is update
 
 
-def test_all_of_it_fits_into_six_hours_on_two_cores_as_its_page_says():
+def test_all_of_it_takes_six_and_a_half_hours_on_two_cores_as_its_page_says():
     hours = sum(e.seconds * e.seeds * len(e.arms) for e in reproduce.EXPERIMENTS.values()) / 2 / 3600
     page = (reproduce.ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
-    assert 5.75 < hours < 6.25 and "six hours on two cores" in page
+    assert 6.25 < hours < 6.75 and "six and a half hours on two cores" in page
 
 
 class Here:
