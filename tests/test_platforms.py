@@ -65,8 +65,11 @@ def test_a_file_system_without_locks_and_folders_to_flush_takes_a_run(number, tm
     assert len([*run(tmp_path, "--steps", "2").iterdir()]) == 4
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-@pytest.mark.parametrize("arguments", ["train.py --help", "notebooks/bench.py --help", "notebooks/pages.py"])
+@pytest.mark.parametrize(
+    "encoding,arguments",
+    [(e, f"{program} --help") for e in ("cp1252", "ascii") for program in ("train.py", "notebooks/bench.py")]
+    + [("ascii", "notebooks/pages.py")],
+)
 def test_every_console_takes_the_text(encoding, arguments, tmp_path):
     """And files are UTF-8, whatever the system's encoding is."""
     program, *rest = arguments.split()

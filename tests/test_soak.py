@@ -1,4 +1,4 @@
-"""Two thousand on-policy updates of the smallest model: memory stays flat."""
+"""A thousand on-policy updates of the smallest model: memory stays flat."""
 
 import gc
 import os
@@ -21,13 +21,13 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's memory from Linux's /proc")
-def test_memory_is_flat_over_two_thousand_updates(tmp_path):
-    cfg = config.parse([*TINY.split(), "--steps", "2000", "--out-dir", str(tmp_path)])
+def test_memory_is_flat_over_a_thousand_updates(tmp_path):
+    cfg = config.parse([*TINY.split(), "--steps", "1000", "--out-dir", str(tmp_path)])
     student, teacher = GPT(cfg.gpt("student")), GPT(cfg.gpt("teacher")).requires_grad_(False)
     optimizer, rows = sft.adamw(student, cfg.lr), []
-    for step in range(2000):
+    for step in range(1000):
         measured = train.update(cfg, step, student, teacher, optimizer, rollout.sample)
         rows.append(dict.fromkeys(runs.COLUMNS) | distributed.mean(measured))
         if step == 200:
             early = resident()
-    assert resident() < 1.05 * early
+    assert resident() < 1.03 * early
