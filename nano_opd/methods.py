@@ -44,7 +44,7 @@ def sft_loss(s: Scored) -> Loss:
 
 
 def null_loss(s: Scored, normalize) -> Loss:
-    """The control of 2608.31046: no teacher, the same blame for every token. Over B its mean is 0: noise is left."""
+    """The control of 2608.31046: no teacher, equal blame for every token. Divided by B, the mean gradient is 0."""
     return policy_gradient.loss(s.student_logp, -torch.ones_like(s.student_logp), s.mask, normalize), {}
 
 

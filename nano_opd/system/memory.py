@@ -7,14 +7,12 @@ import torch
 
 def needs(cfg) -> dict[str, int]:
     """Bytes that a run must hold at once, by the options that decide them: lower bounds."""
-    student = cfg.gpt("student")
-    teacher, updates = student, cfg.student_steps
-    if not cfg.reference_slot:  # a self-teacher is a copy of the student
-        teacher, updates = cfg.gpt("teacher"), max(cfg.teacher_steps, cfg.student_steps)
+    of_teacher = "student" if cfg.reference_slot else "teacher"  # a self-teacher is a copy of the student
+    student, teacher = cfg.gpt("student"), cfg.gpt(of_teacher)
     weights = lambda c: 4 * c.n_embd * (12 * c.n_layer * c.n_embd + c.vocab_size + c.block_size)  # float32
     activations = lambda c: 40 * c.block_size * c.n_layer * c.n_embd  # of one sequence, kept for its backward
     cache = lambda c: 8 * c.block_size * c.n_layer * c.n_embd  # keys and values of one sequence
-    solutions = updates * cfg.sft_batch_size  # made in advance
+    solutions = max(getattr(cfg, f"{of_teacher}_steps"), cfg.student_steps) * cfg.sft_batch_size  # made in advance
     return {
         "--student-width and --student-layers": 4 * weights(student),  # and a gradient and AdamW's two means of each
         "--teacher-width and --teacher-layers": 4 * weights(teacher),

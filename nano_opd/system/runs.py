@@ -176,7 +176,6 @@ def start(cfg: Config) -> Iterator[Run]:
             say(f"train.py: {sentence}", sys.stderr)
         sys.exit(code)
 
-    full = "out of memory: choose a lower --batch-size, --eval-size or width"
     again = f"the same command with --resume continues {cfg.run_dir}"
     try:
         device = distributed.own_device(resolve(cfg.device))
@@ -190,14 +189,13 @@ def start(cfg: Config) -> Iterator[Run]:
     except NumericalFault as error:
         kept = f"The last good state, if one was saved, is in {cfg.run_dir / 'checkpoint.pt'}"
         end(1, f"step {run.step}: {error}. {kept}")
-    except (MemoryError, torch.OutOfMemoryError):
-        end(2, f"{full}; {again}")
     except distributed.RankLost as error:
         end(1, f"{error}; {again}")
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):  # torch has no type for a CPU without memory
+    except (MemoryError, RuntimeError) as error:
+        of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not of_memory and "DefaultCPUAllocator" not in str(error):  # torch has no type for a CPU without memory
             raise
-        end(2, f"{full}; {again}")
+        end(2, f"out of memory: choose a lower --batch-size, --eval-size or width; {again}")
     except KeyboardInterrupt:
         end(130, f"stopped at once; {again}")
     except Interrupted:
