@@ -131,7 +131,11 @@ def sample_problems(
 
 
 def prompt(problem: Problem, slot: str | None = None) -> str:
-    """ "457+068=", after a reference slot if there is one. Raises ValueError for a slot of another width."""
+    """ "457+068=", after a reference slot if there is one.
+
+    Raises ValueError for a slot of another width, and for operands that the task does not have.
+    """
+    _require_operands(problem)
     task, digits, a, b = problem
     text = f"{a:0{digits}d}{TASKS[task].symbol}{b:0{digits}d}="
     if slot is None:
@@ -181,14 +185,18 @@ def draw_references(problems: list[Problem], group_size: int, rng: np.random.Gen
     return [slot for slot in slots for _ in range(group_size)]
 
 
+def _require_operands(problem: Problem) -> None:
+    if not TASKS[problem.task].has(problem):
+        raise ValueError(f"{problem} is no problem of {problem.digits} digits")
+
+
 def steps(problem: Problem) -> list[str]:
     """The worked solution in its steps: one column per digit, then the marked answer.
 
     Raises ValueError for operands that the task does not have.
     """
+    _require_operands(problem)
     task, carry, columns = TASKS[problem.task], 0, []
-    if not task.has(problem):
-        raise ValueError(f"{problem} is no problem of {problem.digits} digits")
     for i in range(problem.digits):
         x = problem.a // 10**i % 10
         y = problem.b if task.one_digit_b else problem.b // 10**i % 10

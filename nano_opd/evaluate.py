@@ -65,7 +65,12 @@ def response_texts(rollout: Rollout) -> list[str]:
 
 
 def rewards(problems: list[arithmetic.Problem], rollout: Rollout) -> Tensor:
-    """(B,) float32, 1 for a verified answer that ended in EOS, else 0."""
+    """(B,) float32, 1 for a verified answer that ended in EOS, else 0.
+
+    Raises ValueError unless there is one problem for each response, and at least one.
+    """
+    if not problems or len(problems) != len(rollout.tokens):
+        raise ValueError(f"rewards need one problem for each response, not {len(problems)} for {len(rollout.tokens)}")
     right = [arithmetic.verify(p, text) for p, text in zip(problems, response_texts(rollout), strict=True)]
     return (torch.tensor(right, device=rollout.tokens.device) & ~rollout.truncated).float()
 
@@ -108,8 +113,11 @@ def evaluate(
         student_logp = log_probs(student, view)  # (B, R, V)
         teacher_logp = torch.stack([log_probs(teacher, view) for view in views])  # (K, B, R, V) for K references
         p = student_logp.exp()
-        measured["kl"].append((p * (student_logp - teacher_logp.mean(0))).sum(-1)[mask[rows]])
-        measured["entropy"].append(-(p * student_logp).sum(-1)[mask[rows]])
+        possible = p > 0  # a token that the student never says adds 0, and 0 · ∞ would be NaN
+        kl = torch.where(possible, p * (student_logp - teacher_logp.mean(0)), 0.0).sum(-1)
+        entropy = -torch.where(possible, p * student_logp, 0.0).sum(-1)
+        measured["kl"].append(kl[mask[rows]])
+        measured["entropy"].append(entropy[mask[rows]])
         if reference_slot:
             measured.setdefault("information_gap", []).append(opsd.information_gap(teacher_logp)[mask[rows]])
     leaks = {}

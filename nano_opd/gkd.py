@@ -8,15 +8,15 @@ constant divisor B in the place of each response's own length.
 Its gradient Σ_v ∇p_v (f − u f′)(u_v) is the mean of OPD+'s at γ = 0 over the action y_n, so it carries no action
 variance. With `stop_gradient` it is the mean of OPD's instead: that estimator's bias, without its noise.
 
-In float32 f(u) overflows from about log u = 84 on (forward KL; most others 88), though p f(u) is finite there: the loss
-is then inf.
+Where a token is far likelier to the teacher than to the student, u overflows while p f(u) is small. There the sum takes
+the same number from the teacher's side, q f°(p/q) with the dual generator f°(v) = v f(1/v) (divergences.py).
 """
 
 from torch import Tensor
 
 from nano_opd.divergences import Divergence
 from nano_opd.policy_gradient import a_few_at_a_time, log_probs_within
-from nano_opd.system.checks import require_batch, require_no_nan, require_same_shape
+from nano_opd.system.checks import require_batch, require_divergence, require_no_nan, require_same_shape
 
 
 def loss(
@@ -29,18 +29,23 @@ def loss(
     mask            (B, R) bool
     stop_gradient   treat f(u) as a constant, as OPD does
 
-    Raises ValueError when the shapes do not agree, the mask is not bool, or the result is NaN.
+    Logits in float16 or bfloat16 are computed with in float32. Raises ValueError when the shapes do not agree, the mask
+    is not bool, or the result is NaN.
     """
+    require_divergence(divergence)
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     require_batch(mask, student_logits=student_logits[..., 0], teacher_logits=teacher_logits[..., 0])
 
     def divergences(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
         student_logp = log_probs_within(student_logits, mask)
         teacher_logp = log_probs_within(teacher_logits, mask)  # the same behind the mask, where f(1) = 0
-        f = divergence.f(teacher_logp - student_logp)  # (B, R, V)
+        p_times_f = divergence.weighted_f(student_logp, teacher_logp)  # (B, R, V)
         if stop_gradient:
-            f = f.detach()  # drops p ∇f(u) = −u f′(u) ∇p: the whole difference between OPD and OPD+
-        return (student_logp.exp() * f).sum(-1)
+            p_times_f = p_times_f.detach()  # drops p ∇f(u) = −u f′(u) ∇p: the whole difference between OPD and OPD+ …
+            finite = student_logp.clamp(min=-1e30)  # −∞ − (−∞) is NaN
+            p_over_constant_p = (finite - finite.detach()).exp()  # … drops nothing: it is 1, and its gradient is ∇log p
+            p_times_f = p_times_f * p_over_constant_p
+        return p_times_f.sum(-1)
 
     given = student_logits, teacher_logits.detach(), mask  # drops nothing: the teacher is not trained
     total = a_few_at_a_time(divergences, *given).sum() / len(mask)

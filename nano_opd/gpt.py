@@ -16,10 +16,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from nano_opd.system.checks import require_tokens
 
+# By speed, and without cuDNN: on recent cards its attention in bfloat16 has NaN gradients (pytorch#196678).
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LOGITS_AT_ONCE = 2**24  # numbers: 64 MiB of float32
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, both (B, H, T, D)
 
@@ -56,7 +59,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """
     B, H, T, D = q.shape
     if T > (1 if q.is_cuda else 64):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        with sdpa_kernel(ATTENTION) if q.is_cuda else nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     if T == 1 and torch.compiler.is_compiling():  # baddbmm would not become a loop
         scores = q * D**-0.5 @ k.transpose(1, 2) + mask

@@ -18,10 +18,12 @@ by that response's own length, which favours long wrong answers (normalize="sequ
 that and the std; here the two differ by the std alone.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from nano_opd.policy_gradient import reduce
+from nano_opd.policy_gradient import Fraction, fraction, reduce
 from nano_opd.system.checks import require_batch, require_constant, require_same_shape
 
 EPSILON = 1e-6
@@ -65,20 +67,21 @@ def clipped_surrogate(
     clip that leaves 1 out.
     """
     require_constant(A)
-    ratio = _ratio(logp, old_logp, mask, clip_low, clip_high)
+    log_ratio = _log_ratio(logp, old_logp, mask, clip_low, clip_high)
     require_same_shape(advantage=A, logp=logp if A.dim() > 1 else logp[:, 0])
     A = A.view(len(logp), -1)  # (B, 1) or (B, R)
+    # With A ≥ 0 a ratio above the clip is never the smaller term. So it is bounded before exp, which could overflow:
+    # behind the minimum its gradient would be 0 · ∞ = NaN.
+    bounded = log_ratio.clamp(max=math.log1p(clip_high) + 1)
+    ratio = torch.where(A < 0, log_ratio, bounded).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return reduce(-torch.minimum(ratio * A, clipped * A), mask, normalize)
 
 
-def clip_fraction(logp: Tensor, old_logp: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Fraction of sampled tokens whose ratio lies outside the clip, a scalar (0 if there are none).
-
-    Arguments and errors as in `clipped_surrogate`.
-    """
-    ratio = _ratio(logp, old_logp, mask, clip_low, clip_high)[mask]
-    return ((ratio < 1 - clip_low) | (ratio > 1 + clip_high)).float().sum() / max(1, ratio.numel())
+def clip_fraction(logp: Tensor, old_logp: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> Fraction:
+    """Fraction of the sampled tokens whose ratio lies outside the clip; arguments and errors as `clipped_surrogate`."""
+    ratio = _log_ratio(logp, old_logp, mask, clip_low, clip_high).exp()
+    return fraction((ratio < 1 - clip_low) | (ratio > 1 + clip_high), mask)
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
@@ -95,11 +98,11 @@ def _equal(groups: Tensor) -> Tensor:
     return (groups == groups[:, :1]).all(1, keepdim=True)
 
 
-def _ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> Tensor:
+def _log_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> Tensor:
     require_batch(mask, logp=logp, old_logp=old_logp)
     if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise ValueError(
             f"the clip must keep 1 inside: 0 ≤ clip_low ≤ 1 and clip_high ≥ 0, not {clip_low}, {clip_high}"
         )
     old_logp = old_logp.detach()  # drops nothing: p_old is the policy of the past
-    return torch.where(mask, logp - old_logp, 0.0).exp()
+    return torch.where(mask, logp - old_logp, 0.0)

@@ -20,7 +20,10 @@ from torch import Tensor
 from nano_opd import divergences, gkd, grpo, opd, opdplus, policy_gradient, rlsd, topk
 from nano_opd.evaluate import reasoning_span
 
-Loss = tuple[Tensor, dict[str, Tensor]]  # the scalar to differentiate, and what was measured on the way
+VARIANCES = ("sampled", "baseline", "topk", "full")
+LOSS_TYPES = ("grpo", "dr_grpo")
+Measured = dict[str, Tensor | policy_gradient.Fraction]
+Loss = tuple[Tensor, Measured]  # the scalar to differentiate, and what was measured on the way
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,14 @@ def distillation_loss(
     estimator: ModuleType, s: Scored, divergence, gamma, variance, top_k, log_u_clip, normalize
 ) -> Loss:
     """OPD or OPD+, which differ only in the estimator, the file that says what A_n is: opd.py or opdplus.py."""
+    if variance not in VARIANCES:
+        raise ValueError(f"unknown variance {variance!r}; choose from {', '.join(VARIANCES)}")
     f, measured = divergences.get(divergence), {}
     if variance == "full":  # the mean of the estimator over the sampled token, in closed form
         return gkd.loss(s.student_logits, s.teacher_logits, s.mask, f, stop_gradient=estimator is opd), {}
     log_u = s.teacher_logp - s.student_logp
     if log_u_clip > 0:
-        measured["clip_fraction"] = (log_u.abs() > log_u_clip)[s.mask].float().mean()
+        measured["clip_fraction"] = policy_gradient.fraction(log_u.abs() > log_u_clip, s.mask)
         f = divergences.clipped(f, log_u_clip)  # for the baseline too, or it would undo the clip
     if variance == "topk":
         A = f.unbiased if estimator is opdplus else f.stop_gradient
@@ -77,7 +82,7 @@ def distillation_loss(
 
 def grpo_loss(s: Scored, group_size, loss_type, clip_low, clip_high, normalize) -> Loss:
     """One advantage for all tokens of a response: how much better its answer is than the group's."""
-    A = grpo.advantage(s.rewards, group_size, normalize_std=loss_type == "grpo")  # (B,)
+    A = _group_advantage(s, group_size, loss_type)  # (B,)
     return _surrogate(s, A, group_size, clip_low, clip_high, normalize)
 
 
@@ -91,12 +96,19 @@ def rlsd_loss(
     s, group_size, loss_type, lam, lam_decay, eps_w, negative_only, reasoning_only, clip_low, clip_high, normalize
 ) -> Loss:
     """GRPO's advantage, and so its direction; the self-teacher decides how much of it each token gets."""
-    A = grpo.advantage(s.rewards, group_size, normalize_std=loss_type == "grpo")  # (B,)
+    A = _group_advantage(s, group_size, loss_type)  # (B,)
     evidence = A, s.teacher_logp, s.student_logp, s.mask
     lam, span = rlsd.lam_at(s.step, lam, lam_decay), reasoning_span(s.tokens) if reasoning_only else None
     A = rlsd.advantage(*evidence, lam, eps_w, negative_only, span)  # (B, R)
     loss, measured = _surrogate(s, A, group_size, clip_low, clip_high, normalize)
     return loss, measured | {"weight_clip_fraction": rlsd.clip_fraction(*evidence, eps_w)}
+
+
+def _group_advantage(s: Scored, group_size: int, loss_type: str) -> Tensor:
+    """GRPO's or Dr. GRPO's A of each response, (B,). Raises ValueError for another loss_type."""
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"unknown loss_type {loss_type!r}; choose from {', '.join(LOSS_TYPES)}")
+    return grpo.advantage(s.rewards, group_size, normalize_std=loss_type == "grpo")
 
 
 def _surrogate(s: Scored, A: Tensor, group_size, clip_low, clip_high, normalize) -> Loss:

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from nano_opd.divergences import Divergence
 from nano_opd.policy_gradient import future_return, mean_over_vocabulary
-from nano_opd.system.checks import require_batch, require_log_ratio, require_same_shape
+from nano_opd.system.checks import (
+    require_batch,
+    require_divergence,
+    require_finite_advantage,
+    require_log_ratio,
+    require_same_shape,
+)
 
 
 def advantage(
@@ -30,8 +36,10 @@ def advantage(
     gamma     discount γ ∈ [0, 1] of the rewards still to come
     baseline  (B, R) or None: any function of the prefix s_n, subtracted
 
-    Raises ValueError for γ outside [0, 1], shapes or dtypes that do not match, or log u that is NaN or +∞.
+    Raises ValueError for γ outside [0, 1], shapes or dtypes that do not match, log u that is NaN or +∞, or an advantage
+    that is infinite, as reverse KL's is where the teacher forbids a sampled token.
     """
+    require_divergence(divergence)
     require_batch(mask, log_u=log_u)
     log_u = torch.where(mask, log_u, 0.0).detach()  # drops ∇u: w_f adds u f′(u) ∇log p back
     require_log_ratio(log_u)
@@ -41,7 +49,9 @@ def advantage(
     if baseline is not None:
         require_same_shape(log_u=log_u, baseline=baseline)
         A = A - baseline.detach()  # drops log p ∇b; and b moves no mean: E[b(s_n) ∇log p] = 0
-    return torch.where(mask, A, 0.0)
+    A = torch.where(mask, A, 0.0)
+    require_finite_advantage(A, divergence)
+    return A
 
 
 def exact_baseline(
@@ -51,4 +61,5 @@ def exact_baseline(
 
     Subtracting it leaves the expectation alone. It need not lower the variance: that depends on f, p and q.
     """
-    return mean_over_vocabulary(student_logits, teacher_logits, divergence.unbiased, mask)
+    require_divergence(divergence)
+    return mean_over_vocabulary(student_logits, teacher_logits, divergence.weighted_w_f, mask)

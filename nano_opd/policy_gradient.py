@@ -13,6 +13,7 @@ when the sampled EOS came. Then E[c ∇log p] = 0 no longer holds for a constant
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +60,22 @@ def reduce(terms: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
     raise ValueError(f"unknown normalize {normalize!r}; choose from batch, token_mean, sequence_mean")
 
 
+class Fraction(NamedTuple):
+    """A fraction as its two counts, so that several processes can add them up: a mean of means would be wrong."""
+
+    part: Tensor  # scalar: how many
+    whole: Tensor  # scalar: of how many
+
+    def item(self) -> float:
+        """The fraction; 0 of nothing is 0."""
+        return (self.part / self.whole.clamp(min=1)).item()
+
+
+def fraction(chosen: Tensor, among: Tensor) -> Fraction:
+    """How many of the tokens `among` are `chosen`; both (B, R) bool."""
+    return Fraction((chosen & among).sum(), among.sum())
+
+
 def future_return(reward: Tensor, gamma: float) -> Tensor:
     """γ G_{n+1} = Σ_{m>n} γ^{m−n} r_m: what is still to come, discounted from the token itself (not from the start).
 
@@ -76,24 +93,29 @@ def future_return(reward: Tensor, gamma: float) -> Tensor:
 
 
 def mean_over_vocabulary(
-    student_logits: Tensor, teacher_logits: Tensor, advantage: Callable[[Tensor], Tensor], mask: Tensor | None = None
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    weighted_advantage: Callable[[Tensor, Tensor], Tensor],
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """E_{v∼p}[A(u_v)] at each prefix, (B, R), in closed form: the exact baseline of an advantage A(log u).
+    """E_{v∼p}[A(u_v)] at each prefix, (B, R), in closed form: the exact baseline of an advantage A.
 
     student_logits, teacher_logits  (B, R, V)
-    mask                            (B, R) bool, or None: every prefix counts; behind it the mean is A(0)
+    weighted_advantage              p A(u) of every token as a function of log p and log q, as divergence.weighted_w_f
+    mask                            (B, R) bool, or None: every prefix counts; behind it the mean is A(u = 1)
 
-    Raises ValueError when their shapes differ, they are integers, or the sum is NaN: a p below e^−103 is 0 in float32,
-    and its u = ∞.
+    Raises ValueError when their shapes differ, they are integers, or the sum is NaN.
     """
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     require_floating(student_logits=student_logits, teacher_logits=teacher_logits)
-
-    mask = torch.ones_like(student_logits[..., 0], dtype=torch.bool) if mask is None else mask
+    if mask is None:
+        mask = torch.ones_like(student_logits[..., 0], dtype=torch.bool)
+    require_batch(mask, student_logits=student_logits[..., 0])
 
     def mean_of(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
         student_logp = log_probs_within(student_logits, mask)
-        return (student_logp.exp() * advantage(log_probs_within(teacher_logits, mask) - student_logp)).sum(-1)
+        teacher_logp = log_probs_within(teacher_logits, mask)
+        return weighted_advantage(student_logp, teacher_logp).sum(-1)
 
     given = student_logits.detach(), teacher_logits.detach(), mask  # drops nothing: a baseline is a constant
     mean = a_few_at_a_time(mean_of, *given)
@@ -102,7 +124,12 @@ def mean_over_vocabulary(
 
 
 def log_probs_within(logits: Tensor, mask: Tensor) -> Tensor:
-    """log-probs of logits, both (B, R, V). Behind the mask they are uniform: NaN there reaches no value or gradient."""
+    """log-probs of logits, both (B, R, V), in float32 or float64.
+
+    Behind the mask they are uniform: NaN there reaches no value or gradient.
+    """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()  # a sum over the vocabulary of two or three digits would be noise
     return logits.masked_fill(~mask.unsqueeze(-1), 0.0).log_softmax(-1)
 
 

@@ -22,6 +22,7 @@ response. What differs from both: the divisor of the loss is the constant B (grp
 import torch
 from torch import Tensor
 
+from nano_opd.policy_gradient import Fraction, fraction
 from nano_opd.system.checks import require_batch, require_constant, require_log_ratio, require_same_shape
 
 
@@ -84,15 +85,17 @@ def evidence_weight(advantage: Tensor, teacher_logp: Tensor, student_logp: Tenso
     return w.detach()  # drops ∇P_S, the sg of Δ: the weight is a judgement, not an objective
 
 
-def clip_fraction(advantage: Tensor, teacher_logp: Tensor, student_logp: Tensor, mask: Tensor, eps_w: float) -> Tensor:
-    """Fraction of the sampled tokens of responses with A ≠ 0 whose weight the clip bounds, a scalar (0 if none).
+def clip_fraction(
+    advantage: Tensor, teacher_logp: Tensor, student_logp: Tensor, mask: Tensor, eps_w: float
+) -> Fraction:
+    """Fraction of the sampled tokens of responses with A ≠ 0 whose weight the clip bounds.
 
     advantage (B,); the others as in `advantage`
     """
     require_same_shape(advantage=advantage, responses=mask[:, 0])
     A = advantage.unsqueeze(1)
-    w = evidence_weight(A, teacher_logp, student_logp, mask)[mask & (A != 0)]
-    return ((w < 1 - eps_w) | (w > 1 + eps_w)).float().sum() / max(1, w.numel())
+    w = evidence_weight(A, teacher_logp, student_logp, mask)
+    return fraction((w < 1 - eps_w) | (w > 1 + eps_w), mask & (A != 0))
 
 
 def lam_at(step: int, lam: float, decay: int = 0) -> float:

@@ -38,8 +38,14 @@ def solution_tokens(
 
 
 def worked_solutions(problems: list[arithmetic.Problem], device: torch.device | str = "cpu") -> Rollout:
-    """The problems' solutions in the place of sampled responses; logp is 0, since no one sampled them."""
-    tokens, prompt_length = solution_tokens(problems, device), arithmetic.prompt_length(problems[0].digits)
+    """The problems' solutions in the place of sampled responses; logp is 0, since no one sampled them.
+
+    Raises ValueError for no problem, and for problems of several sizes.
+    """
+    if not problems:
+        raise ValueError("there is no problem to solve: give at least one")
+    tokens = solution_tokens(problems, device)
+    prompt_length = arithmetic.prompt_length(problems[0].digits)
     mask = tokens[:, prompt_length:] != PAD
     return Rollout(tokens, prompt_length, mask, torch.zeros(mask.shape, device=device))
 

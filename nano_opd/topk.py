@@ -41,27 +41,51 @@ def loss(
     k          how many of the teacher's likeliest tokens; all of them from V on
     normalize  as in policy_gradient.loss
 
-    Raises ValueError for k < 0, shapes that do not match, a mask that is not bool, or a result that is NaN: a p below
-    e^−103 is 0 in float32, and its u = ∞.
+    Logits in float16 or bfloat16 are computed with in float32. What stands in tokens behind the mask does not matter.
+
+    Raises ValueError for k < 0, shapes that do not match, tokens outside the vocabulary, a mask that is not bool, or a
+    result that is NaN.
     """
     if k < 0:
         raise ValueError(f"k must not be negative, but it is {k}")
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     require_batch(mask, student_logits=student_logits[..., 0], teacher_logits=teacher_logits[..., 0])
     require_same_shape(tokens=tokens, mask=mask)
+    chosen = tokens[mask]
+    if ((chosen < 0) | (chosen >= student_logits.shape[-1])).any():
+        raise ValueError(f"a token within the mask is not in the vocabulary of {student_logits.shape[-1]}")
 
     def terms(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        student_logp, teacher_logp = log_probs_within(student_logits, mask), log_probs_within(teacher_logits, mask)
-        p = student_logp.detach().exp()  # drops A log p ∇p: only A ∇log p, in the mean under p, is wanted
-        A = advantage(teacher_logp - student_logp.detach())  # drops p log p ∇A: an advantage is a constant
-        top = torch.zeros_like(p).scatter(-1, teacher_logp.topk(min(k, p.shape[-1])).indices, 1.0)
-        sampled = torch.zeros_like(p).scatter(-1, tokens.unsqueeze(-1), 1.0)
-        weight = torch.where(top == 1, p, sampled)  # of each token in the sum over the vocabulary
-        counts = (top == 1) | (sampled == 1)
-        A = torch.where(counts, A, 0.0)  # before the product: 0 · ∞ behind a `where` is NaN in the gradient
-        return -(weight * A * torch.where(counts, student_logp, 0.0)).sum(-1)
+        student_logp = log_probs_within(student_logits, mask)  # (B, R, V)
+        teacher_logp = log_probs_within(teacher_logits, mask)
 
+        # the mean over the teacher's top k
+        top = teacher_logp.topk(min(k, teacher_logp.shape[-1])).indices  # (B, R, k)
+        top_logp = student_logp.gather(-1, top)
+        p_times_A = weighted(advantage, top_logp, teacher_logp.gather(-1, top))
+        top_logp = torch.where(p_times_A == 0, 0.0, top_logp)  # 0 · ∞ would be NaN
+        of_top = (p_times_A * top_logp).sum(-1)
+
+        # and the sampled token, unless it is one of them
+        tokens = tokens.unsqueeze(-1)
+        outside = mask & (top != tokens).all(-1)
+        sampled_logp = torch.where(outside, student_logp.gather(-1, tokens).squeeze(-1), 0.0)
+        sampled_logq = torch.where(outside, teacher_logp.gather(-1, tokens).squeeze(-1), 0.0)
+        A = advantage(sampled_logq - sampled_logp.detach())  # drops log p ∇A: an advantage is a constant
+        return -(of_top + torch.where(outside, A * sampled_logp, 0.0))
+
+    tokens = torch.where(mask, tokens, 0)  # some trainers have −100 behind the mask
     given = student_logits, teacher_logits.detach(), tokens, mask  # drops nothing: the teacher is not trained
     total = reduce(a_few_at_a_time(terms, *given), mask, normalize)
     require_no_nan("loss", total)
     return total
+
+
+def weighted(advantage: Callable[[Tensor], Tensor], log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p A(u) of each token, detached: computed in float64, in which u overflows from log u = 710 on only."""
+    dtype = log_p.dtype
+    if log_p.device.type != "mps":  # which has no float64
+        log_p = log_p.double()
+        log_q = log_q.double()
+    log_p = log_p.detach()  # drops A log p ∇p and p log p ∇A: only p A ∇log p is wanted
+    return (log_p.exp() * advantage(log_q - log_p)).to(dtype)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import train
-from nano_opd import arithmetic
+from nano_opd import arithmetic, grpo, rlsd
 from nano_opd.evaluate import prompts_of, slots_of
 from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS
@@ -84,6 +84,19 @@ def gradients_of_an_update(cfg, student, teacher, sampler):
     return gradients
 
 
+def fractions_of_rank(k):
+    """Clipped weights and ratios of ragged responses: 5 tokens with A ≠ 0 on rank 0, none on rank 1."""
+    mask = [[[True, True, True], [True, True, False]], [[True, False, False], [True, True, False]]][k]
+    mask = torch.tensor(mask)
+    A = torch.tensor([[1.0, -1.0], [0.0, 0.0]][k])
+    gain = torch.tensor([[9.0, 9.0, 0.0], [0.0, 0.0, 9.0]])  # two of rank 0's five weights are clipped
+    ratio = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 0.0, 9.0]], [[9.0, 9.0, 0.0], [9.0, 9.0, 0.0]]][k])
+    return {
+        "weight_clip_fraction": rlsd.clip_fraction(A, gain, torch.zeros(2, 3), mask, 0.2),
+        "clip_fraction": grpo.clip_fraction(ratio, torch.zeros(2, 3), mask, 0.2, 0.2),
+    }
+
+
 def work_on_shares(folder):
     """One update's gradients for every arm, with all that this rank has drawn for it, in a file of its own."""
     out, kept, train.rewards = {}, {}, lucky
@@ -107,6 +120,7 @@ def work_on_shares(folder):
             out[arm] = {"gradients": gradients, "weights": student.state_dict(), **drawn}
         k = distributed.rank()
         out["mean"] = distributed.mean({"rank": torch.tensor(float(k)), "one": torch.ones(())})
+        out["fractions"] = distributed.mean(fractions_of_rank(k))
         out["first"] = [distributed.first_value(value) for value in (None, k, [None, "of rank 1"][k])]
     torch.save(out, Path(folder) / f"{k}.pt")
 
@@ -233,6 +247,15 @@ def test_ranks_share_out_the_worked_solutions_of_one_process(shares):
 def test_ranks_agree_on_means_and_on_the_first_value(shares):
     for share in shares:
         assert share["mean"] == {"rank": 0.5, "one": 1} and share["first"] == [None, 0, "of rank 1"]
+
+
+def test_a_fraction_over_the_ranks_counts_the_tokens_of_all(shares):
+    """2 of 5 and 0 of 0 weights; 1 of 5 and 3 of 3 ratios. The mean of the ranks' fractions would be 0.2 and 0.6."""
+    for share in shares:
+        assert share["fractions"] == {
+            "weight_clip_fraction": pytest.approx(2 / 5),
+            "clip_fraction": pytest.approx(1 / 2),
+        }
 
 
 @pytest.fixture(scope="module")

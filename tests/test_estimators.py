@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nano_opd import divergences, gkd, opd, opdplus, policy_gradient, topk
+from nano_opd.system.checks import NumericalFault
 
 NAMES = [*divergences.DIVERGENCES, "alpha=0.5"]
 
@@ -257,9 +258,17 @@ def test_rows_are_independent_and_empty_responses_weigh_nothing(data, lengths):
         torch.testing.assert_close(total, sum(parts))
 
 
-@pytest.mark.parametrize(
-    "name,limit", [("jsd", -math.log(2) / 2), ("forward_kl", 0.0), ("tv", -0.5), ("reverse_kl", -math.inf)]
-)
+@pytest.mark.parametrize("name,limit", [("jsd", -math.log(2) / 2), ("forward_kl", 0.0), ("tv", -0.5)])
 def test_a_sampled_token_that_the_teacher_forbids_has_the_limit_for_its_advantage(name, limit):
     A = opdplus.advantage(torch.tensor([[-math.inf, 0.0]]), torch.ones(1, 2, dtype=torch.bool), divergences.get(name))
     assert A[0, 0].item() == pytest.approx(limit) and A[0, 1].isfinite()
+
+
+@pytest.mark.parametrize("method", [opd, opdplus])
+def test_an_infinite_advantage_is_refused_in_one_sentence(method):
+    """Reverse KL pays −∞ for a token that the teacher forbids; behind the mask nothing is paid."""
+    log_u = torch.tensor([[-math.inf, 0.0]])
+    with pytest.raises(NumericalFault, match="under reverse_kl is not finite: the teacher gives a sampled token no"):
+        method.advantage(log_u, torch.ones(1, 2, dtype=torch.bool), divergences.get("reverse_kl"))
+    A = method.advantage(log_u, torch.tensor([[False, True]]), divergences.get("reverse_kl"))
+    assert A.isfinite().all()

@@ -1,6 +1,7 @@
 """The model: causality, the cache, sizes, and what lower precision, compilation and chunked log-probs may change."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,3 +152,22 @@ def test_the_compiled_model_is_the_model(tokens, compiler):
     for name, weight in model.named_parameters():
         grad = dict(compiled.named_parameters())[f"_orig_mod.{name}"].grad
         torch.testing.assert_close(grad, weight.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_attention_on_a_gpu_takes_flash_then_efficient_then_plain_and_never_cudnn(monkeypatch):
+    """cuDNN's attention in bfloat16 has NaN gradients on recent cards. A GPU is simulated: the choice is made on a CPU."""
+    allowed = {}
+
+    def recorded(q, k, v, is_causal):
+        allowed["flash"] = torch.backends.cuda.flash_sdp_enabled()
+        allowed["efficient"] = torch.backends.cuda.mem_efficient_sdp_enabled()
+        allowed["plain"] = torch.backends.cuda.math_sdp_enabled()
+        allowed["cudnn"] = torch.backends.cuda.cudnn_sdp_enabled()
+        return q
+
+    monkeypatch.setattr(gpt.F, "scaled_dot_product_attention", recorded)
+    on_a_gpu = SimpleNamespace(shape=(1, 2, 5, 8), is_cuda=True)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    gpt.attend(on_a_gpu, None, None, None)
+    assert allowed == {"flash": True, "efficient": True, "plain": True, "cudnn": False}
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before

@@ -56,7 +56,7 @@ def test_on_the_first_epoch_the_gradient_is_the_plain_policy_gradient(per_token,
         grpo.clipped_surrogate(x, logp, A if per_token else A[:, 0], mask, 0.2, 0.28, normalize).backward()
         policy_gradient.loss(y, A, mask, normalize).backward()
         assert torch.equal(x.grad, y.grad)
-        assert grpo.clip_fraction(logp, logp, mask, 0.0, 0.0) == 0
+        assert grpo.clip_fraction(logp, logp, mask, 0.0, 0.0).item() == 0
 
 
 def test_the_surrogate_equals_its_definition_token_by_token(batch):

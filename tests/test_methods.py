@@ -356,7 +356,7 @@ def test_what_an_update_measures_is_what_happened():
             outside += not 1 - cfg.clip_low <= (after[n, v] / before[n, v]).item() <= 1 + cfg.clip_high
             judged += A != 0
             bounded += A != 0 and not 0.7 <= (q[n, v] / before[n, v]).item() ** math.copysign(1, A) <= 1.3
-    assert one.measured["clip_fraction"] == 0 and 0 < outside < count
+    assert one.measured["clip_fraction"].item() == 0 and 0 < outside < count
     assert two.measured["clip_fraction"].item() == pytest.approx(outside / count)
     assert one.measured["weight_clip_fraction"].item() == pytest.approx(bounded / judged) and 0 < bounded < judged
     assert one.measured["reward"].item() == pytest.approx(len(RIGHT) / 16)

@@ -15,12 +15,15 @@ from nano_opd import (
     grpo,
     judge,
     law,
+    opd,
+    opdplus,
     opsd,
     policy_gradient,
     rlsd,
     sft,
     topk,
 )
+from nano_opd.methods import METHODS, Scored
 from nano_opd.rollout import response_logits, response_logprobs, sample, score
 from nano_opd.system.checks import NumericalFault
 
@@ -110,6 +113,7 @@ ONE = torch.ones(9, dtype=torch.float64)
 TOKENS = torch.arange(24).view(2, 12) % 17
 MODEL = new_model(12)
 LOGITS = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
+SCORED = Scored(MASK.long(), MASK, LOGP, LOGP, LOGP, LOGITS, LOGITS, torch.ones(4))
 MEANINGLESS = {
     "one slot for two problems": (lambda: evaluate.prompts_of(PROBLEMS, "cpu", ["_" * 8]), "zip"),
     "a reference that does not exist": (
@@ -175,6 +179,46 @@ MEANINGLESS = {
     "a clip without 1, counted": (lambda: grpo.clip_fraction(LOGP, LOGP, MASK, -1.0, 0.2), "keep 1 inside"),
     "one prompt without its axis": (lambda: sample(MODEL, TOKENS[0], 3), "prompts must be int64"),
     "tokens that are no integers": (lambda: score(MODEL, TOKENS.float(), 2), "tokens must be int64"),
+    "tokens outside the vocabulary": (
+        lambda: topk.loss(LOGITS, LOGITS, torch.full(MASK.shape, 9), MASK, lambda x: x, 2),
+        "not in the vocabulary of 5",
+    ),
+    "a mask without its axis": (
+        lambda: opdplus.exact_baseline(LOGITS, LOGITS, divergences.get("jsd"), MASK[0]),
+        "mask must be bool",
+    ),
+    "a mask of one column": (
+        lambda: opd.exact_baseline(LOGITS, LOGITS, divergences.get("jsd"), MASK[:, :1]),
+        "shapes must be equal",
+    ),
+    "a mask of one row": (
+        lambda: policy_gradient.mean_over_vocabulary(LOGITS, LOGITS, lambda p, q: p * q, MASK[:1]),
+        "shapes must be equal",
+    ),
+    "a name for a divergence": (lambda: opd.advantage(LOGP, MASK, "jsd"), r"divergences.get\('jsd'\), not its name"),
+    "a name for the divergence of GKD": (lambda: gkd.loss(LOGITS, LOGITS, MASK, "jsd"), "not its name"),
+    "a name for the divergence of a baseline": (
+        lambda: opdplus.exact_baseline(LOGITS, LOGITS, "jsd"),
+        "not its name",
+    ),
+    "no worked solution": (lambda: sft.worked_solutions([]), "give at least one"),
+    "no response to reward": (
+        lambda: evaluate.rewards([], sft.worked_solutions(PROBLEMS)),
+        "one problem for each response, not 0 for 2",
+    ),
+    "an operand too long for its prompt": (
+        lambda: arithmetic.prompt(arithmetic.Problem("add", 2, 1, 200)),
+        "no problem of 2",
+    ),
+    "a negative operand": (lambda: arithmetic.prompt(arithmetic.Problem("add", 2, -1, 2)), "no problem of 2"),
+    "a loss type that does not exist": (
+        lambda: METHODS["grpo"].loss(SCORED, 2, "dr-grpo", 0.2, 0.28, "batch"),
+        "unknown loss_type 'dr-grpo'",
+    ),
+    "a variance that does not exist": (
+        lambda: METHODS["opd"].loss(SCORED, "jsd", 0.0, "fulll", 4, 0.0, "batch"),
+        "unknown variance 'fulll'",
+    ),
     "an advantage without a value": (lambda: judge.judge(lambda p, q: p * torch.nan), "expected update is not finite"),
 }
 

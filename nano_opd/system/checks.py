@@ -54,6 +54,21 @@ def require_batch(mask: Tensor, **tensors: Tensor) -> None:
     require_same_shape(**tensors, mask=mask)
 
 
+def require_divergence(divergence) -> None:
+    """Raises ValueError for a name in the place of a divergence."""
+    if isinstance(divergence, str):
+        raise ValueError(f"the divergence must be an object: divergences.get({divergence!r}), not its name")
+
+
+def require_finite_advantage(A: Tensor, divergence) -> None:
+    """Raises NumericalFault for an advantage that is not finite."""
+    if not torch.isfinite(A).all():
+        raise NumericalFault(
+            f"an advantage under {divergence.name} is not finite: the teacher gives a sampled token no probability, or "
+            "u overflows; clip log u, or choose a divergence that pays a finite price for such a token"
+        )
+
+
 def require_constant(advantage: Tensor) -> None:
     """Raises ValueError if the advantage carries a gradient, which would be counted twice."""
     if advantage.requires_grad:
@@ -70,7 +85,7 @@ def require_no_nan(name: str, values: Tensor) -> None:
     """Raises NumericalFault for NaN, in sums over the vocabulary; what is infinite there is left to the caller."""
     if values.isnan().any():
         raise NumericalFault(
-            f"the {name} is NaN: the logits hold NaN, or give a token less than float32 can hold (e^-103)"
+            f"the {name} is NaN in {values.dtype}: the logits hold NaN or +inf, or -inf for every token of a prefix"
         )
 
 

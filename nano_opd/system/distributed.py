@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nano_opd.policy_gradient import Fraction
 from nano_opd.system import checks
 from nano_opd.system.checks import NumericalFault
 
@@ -145,9 +146,15 @@ def unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)  # where torch.compile keeps it
 
 
-def mean(measured: dict[str, Tensor]) -> dict[str, float]:
-    """Scalars averaged over the ranks."""
-    values = torch.stack(list(measured.values())).detach().cpu().double()  # drops nothing: they are only logged
+def mean(measured: dict[str, Tensor | Fraction]) -> dict[str, float]:
+    """Scalars averaged over the ranks; of a fraction, both counts are summed before one divides the other."""
+    parts, wholes = [], []
+    for value in measured.values():
+        part, whole = value if isinstance(value, Fraction) else (value, torch.ones(()))
+        parts.append(part.detach().cpu().double())  # drops nothing: it is only logged
+        wholes.append(whole.cpu().double())
+    sums = torch.stack(parts + wholes)
     if world_size() > 1:
-        dist.all_reduce(values)
-    return dict(zip(measured, (values / world_size()).tolist()))
+        dist.all_reduce(sums)
+    part, whole = sums.chunk(2)
+    return dict(zip(measured, (part / whole.clamp(min=1)).tolist()))
