@@ -155,7 +155,7 @@ def test_the_compiled_model_is_the_model(tokens, compiler):
 
 
 def test_attention_on_a_gpu_takes_flash_then_efficient_then_plain_and_never_cudnn(monkeypatch):
-    """cuDNN's attention in bfloat16 has NaN gradients on recent cards. A GPU is simulated: the choice is made on a CPU."""
+    """cuDNN has NaN gradients in bfloat16 on recent cards. The GPU is simulated: the choice is made on a CPU."""
     allowed = {}
 
     def recorded(q, k, v, is_causal):
