@@ -5,8 +5,9 @@ Any advantage A(u) of one token is the w_h of some generator h:
     w_h = −h + u h′ = A    ⟺    h(u)  =  u ∫₁ᵘ A(t)/t² dt    ⟹    h″(u)  =  A′(u)/u
 
 So at γ = 0 the expected update descends E_p[h(u)] at each prefix, whatever A was meant to be. This is a divergence, at
-its lowest where the student is the teacher, if A never falls. OPD under f is the case A = −f: it descends the D_h with
-h″(u) = −f′(u)/u.
+its lowest where the student is the teacher and nowhere else, if A never falls and is not constant on both sides of
+u = 1: A = sign(ln u) max(|ln u| − ½, 0) never falls, and rests at students that are not the teacher. OPD under f is the
+case A = −f: it descends the D_h with h″(u) = −f′(u)/u.
 
 Sources: that the gradient of every f-divergence is E_p[A(u) ∇log p] for some A, Go et al., arXiv 2302.08215, Theorem 1;
 that each rising A belongs to one divergence, Fawkes & Hartford, arXiv 2605.15417. What it makes of the stop-gradient is

@@ -9,7 +9,8 @@ with p_v A constant. The expected gradient is E_{v∼p}[A(u_v) ∇log p_v] for e
 and of the whole vocabulary at k = V. To leave the tail out, as many trainers do, is another objective (notebook 05).
 
 With g = A ∇log p, summing over the k changes the variance by −E[|g|², y in top k] + |E g|² − |E[g, y outside]|². So it
-falls where noise is larger than signal, and may rise where it is not.
+falls if and only if E[|g|², y in top k] + |E[g, y outside]|² > |E g|². A variance larger than |E g|² is neither needed
+nor enough for that.
 
 Derived here.
 """

@@ -228,8 +228,9 @@ FOUND = {
     "OPSD leaks more than GRPO": "Four of five seeds cite in 0.335 to 0.518 of their answers, one in 0.011. Why that "
     "one does not is open.",
     "RLSD ends above GRPO": (
-        "There is little to gain by dealing the reward out: of two oracles, exact credit adds 0.018 to GRPO's 0.727, "
-        "and all blame on the first mistake 0.030; RLSD adds 0.003. With an ideal teacher the weight of a token in a "
+        "There is little to gain by redistributing the reward among the tokens. Of two oracles, exact credit adds "
+        "0.018 to GRPO's 0.727 (p = 0.10 after the correction; its V is the chance to finish the worked solution), and "
+        "all blame on the first mistake 0.030; RLSD adds 0.003. With an ideal teacher the weight of a token in a "
         "right answer would be 1 + A/V, its true advantage in units of the value, and the one is GRPO. Where right "
         "answers are rare (0.038 at the start, λ = ε_w = 1, eight seeds) the oracle adds 0.122 [0.074, 0.169], and "
         "RLSD 0.022 [0.003, 0.041]: notebook 04. None of twelve settings with a usual warm start gains after the "

@@ -117,7 +117,7 @@ def correlation(x: Tensor, y: Tensor, cluster: Tensor, resamples: int = 2000) ->
 def reversed_on_right(
     A: Tensor, teacher_logp: Tensor, student_logp: Tensor, mask: Tensor, lam: float, eps_w: float
 ) -> Tensor:
-    """RLRT, arXiv 2605.10781: right responses get more credit where the teacher would have said something else.
+    """RLRT, arXiv 2605.10781: in right responses tokens that the teacher finds less likely get more credit.
 
     w_n = P_S/P_T where A > 0, else 1. Arguments as rlsd.advantage.
     """

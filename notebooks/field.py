@@ -313,7 +313,7 @@ ROWS = [
     Row(
         "top k of the teacher, both renormalised",
         "1[v ∈ top k of q] (KL_top − ln(p_top/q_top)) / p(top)",
-        TRL + ", loss_add_tail=False",
+        "derived here; TRL takes the teacher's top k for forward KL",
         "KL of the renormalised: the mass outside the top k never changes it.",
         of_renormalised,
         renormalised,
@@ -321,8 +321,9 @@ ROWS = [
     Row(
         "top k of the teacher and a bucket for its tail",
         "x in the top k, ln(q(tail)/p(tail)) outside",
-        TRL + ", loss_add_tail=True",
-        "KL over k + 1 outcomes, at most reverse KL: how the tail is shared among its tokens is left alone.",
+        "derived here; TRL takes the teacher's top k for forward KL",
+        "KL over k + 1 outcomes, at most reverse KL: how the tail is shared among its tokens is left alone. Of "
+        "three tokens the bucket holds one and hides nothing; over five tokens none of 20 students arrives.",
         with_tail(lambda p, q: top(q)),
         lambda p, q: (exp(p) * (bucket(p, top(q)) - bucket(q, top(q)))).sum(-1),
     ),
@@ -330,7 +331,8 @@ ROWS = [
         "top k of the student and a bucket for its tail",
         "x in the top k, ln(q(tail)/p(tail)) outside",
         TRL + ", beta=1",
-        "Nothing: it jumps where two tokens change places.",
+        "Nothing: it jumps where two tokens change places. Of three tokens the bucket holds one and hides nothing; "
+        "over five tokens none of 20 students arrives.",
         with_tail(lambda p, q: top(p)),
         None,
     ),

@@ -1,27 +1,30 @@
-"""The figures. Colours are from the Okabe–Ito palette, which colour-blind readers can tell apart."""
+"""The figures. The main methods have the colours of Okabe and Ito, which colour-blind readers can tell apart."""
 
 import csv
 import hashlib
-import io
-from collections.abc import Sequence
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib import cbook
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.offsetbox import DrawingArea
 from matplotlib.patches import Patch, Rectangle
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from seeds import mean_interval
 
 from nano_opd import divergences
 
-matplotlib.rcParams["figure.dpi"] = 90  # in notebooks
+matplotlib.rcParams["figure.dpi"] = 200
 
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 NAMES = {  # of divergences, in every figure and table
     "reverse_kl": "reverse KL",
     "forward_kl": "forward KL",
@@ -34,12 +37,137 @@ NAMES = {  # of divergences, in every figure and table
     "jsd_falling": "JSD, falling",
     "alpha=0.5": "α = ½",
 }
-# The same in every figure: blue and vermilion for the two methods, grey and black for what is neither.
-OWN_COLOR = {"OPD+": COLORS[0], "OPD": COLORS[1], "exact": COLORS[6], "teacher q": "#303030", "student p": "#A0A0A0"}
-OWN_COLOR |= {"f": COLORS[0], "h": COLORS[1], "bias²": "#303030", "variance": "#A0A0A0"}
-OWN_COLOR |= dict(
-    zip(["reverse KL", "forward KL", "Jensen–Shannon", "Hellinger", "Pearson χ²"], COLORS[2:6] + ["#808080"])
-)
+# One colour for one thing, in every figure of the project.
+METHOD_COLORS = {
+    "OPD": "#D55E00",  # vermilion
+    "OPD, clipped": "#F0A070",
+    "OPD, near": "#7A2F00",
+    "OPD+": "#0072B2",  # blue
+    "OPD+ with its exact baseline": "#332288",
+    "GKD": "#88CCEE",  # OPD+ over the full vocabulary
+    "exact": "#000000",
+    "supervised": "#999933",
+    "no teacher": "#BBBBBB",
+    "GRPO": "#009E73",  # green
+    "GRPO + OPSD": "#882255",
+    "exact A": "#AA4499",
+    "OPSD": "#CC79A7",  # pink
+    "OPSD, work": "#5B2A86",
+    "OPSD, cite": "#8C510A",
+    "RLSD": "#E69F00",  # orange
+    "RLSD, shuffled": "#56B4E9",
+    "RLSD, λ = 1, ε = 0.2": "#F5C35B",
+    "RLSD, λ = 1, ε = 1": "#A86400",
+    "RLSD, λ = 1, ε = 10": "#5C3A00",
+}
+# The labels by which a method stands in a figure, where they are not its name above.
+METHOD_OF_LABEL = {
+    "OPD, reverse KL, sampled token": "OPD",
+    "OPD+, JSD, sampled token": "OPD+",
+    "OPD+, sampled": "OPD+",
+    "OPD+, JSD, exact baseline": "OPD+ with its exact baseline",
+    "OPD+, baseline": "OPD+ with its exact baseline",
+    "OPD+, JSD, full vocabulary": "GKD",
+    "OPD+, full vocabulary": "GKD",
+    "gkd": "GKD",
+    "supervised, worked solutions": "supervised",
+    "sft": "supervised",
+    "null": "no teacher",
+    "grpo": "GRPO",
+    "GRPO, one reward per response": "GRPO",
+    "grpo+opsd": "GRPO + OPSD",
+    "opsd": "OPSD",
+    "opsd, work": "OPSD, work",
+    "opsd, cite": "OPSD, cite",
+    "rlsd": "RLSD",
+    "RLSD, λ = ½, ε = 0.2": "RLSD",
+    "rlsd, shuffled": "RLSD, shuffled",
+    "λ=1, ε_w=0.2": "RLSD, λ = 1, ε = 0.2",
+    "λ=1, ε_w=1": "RLSD, λ = 1, ε = 1",
+    "λ=1, ε_w=10": "RLSD, λ = 1, ε = 10",
+}
+OTHER_COLORS = {  # of what is no method
+    "teacher q": "#303030",
+    "student p": "#A0A0A0",
+    "start": "#808080",
+    "truth": "#000000",
+    "predicted": "#808080",
+    "f": "#117733",
+    "h": "#AA3377",
+    "bias²": "#303030",
+    "variance": "#A0A0A0",
+    "sampled tokens (fraction, log scale 10⁻⁴ … 1)": "#D0D0D0",
+    "OPD, reverse KL": "#2AA198",  # where a figure compares the divergences
+    "OPD, forward KL": "#AA4466",
+    "OPD, Jensen–Shannon": "#DDAA33",
+    "OPD, Pearson χ²": "#661100",
+    "OPD, Hellinger": "#9A9ADB",
+}
+# Of labels that no table has, in their order.
+COLORS = ["#2AA198", "#AA4466", "#DDAA33", "#661100", "#9A9ADB", "#B0B0B0"]
+CREDIT, BLAME = "#0072B2", "#D55E00"
+
+
+def colors_of(labels: Iterable[str]) -> dict[str, str]:
+    """Return the colour of each label of one figure. Raises ValueError for more new labels than there are colours."""
+    known = METHOD_COLORS | OTHER_COLORS
+    known |= {label: METHOD_COLORS[method] for label, method in METHOD_OF_LABEL.items()}
+    labels = list(dict.fromkeys(labels))
+    others = [label for label in labels if label not in known]
+    if len(others) > len(COLORS):
+        raise ValueError(
+            f"{len(others)} labels without a colour of their own, and only {len(COLORS)} colours: {others}"
+        )
+    known |= dict(zip(others, COLORS))
+    return {label: known[label] for label in labels}
+
+
+def png(pixels: np.ndarray, dpi: float, texts: dict[str, str]) -> bytes:
+    """Return a PNG of pixels (height, width, 3), uint8, with Latin texts by name.
+
+    Its rows are not filtered, which makes drawings of lines a fifth smaller than Pillow does.
+    """
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = pixels.shape
+    dots_per_metre = round(dpi / 0.0254)
+    rows = np.pad(pixels.reshape(height, -1), ((0, 0), (1, 0)))  # the first byte of a row names its filter: 0 is none
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))]  # 8 bits each of red, green, blue
+    parts.append(chunk(b"pHYs", struct.pack(">IIB", dots_per_metre, dots_per_metre, 1)))
+    parts += [chunk(b"tEXt", f"{name}\0{text}".encode("latin-1")) for name, text in texts.items()]
+    parts.append(chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)))
+    parts.append(chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+class Canvas(FigureCanvasAgg):
+    """Draw a figure as a PNG that says where each entry of its legend stands, for the test that looks at the pixels.
+
+    The text "Legend" of the file is a list in JSON of {"label": …, "box": [left, top, right, bottom]}, in pixels. It is
+    written wherever the figure is drawn: by `save`, and in a notebook.
+    """
+
+    def print_png(self, file: Path | str | BinaryIO, *, metadata: dict[str, str] | None = None, **_) -> None:
+        self.draw()
+        height = self.get_width_height()[1]
+        entries = []
+        for legend in self.figure.legends:
+            for handle, text in zip(legend.findobj(DrawingArea), legend.get_texts(), strict=True):
+                left, bottom, right, top = handle.get_window_extent(self.get_renderer()).extents
+                box = [round(left), round(height - top), round(right), round(height - bottom)]
+                entries.append({"label": text.get_text(), "box": box})
+        picture = np.asarray(self.buffer_rgba())[..., :3]
+        with cbook.open_file_cm(file, "wb") as opened:
+            opened.write(png(picture, self.figure.dpi, {"Legend": json.dumps(entries), **(metadata or {})}))
+
+
+def new_figure(width: float, height: float, **options) -> Figure:
+    """Return an empty figure of so many inches that draws itself by `Canvas`."""
+    figure = Figure(figsize=(width, height), **options)
+    Canvas(figure)
+    return figure
 
 
 def read_results(path: Path | str) -> dict[str, list[list[dict]]]:
@@ -62,7 +190,7 @@ def seed_panels(
 ) -> Figure:
     """One panel per title: each arm's mean over its seeds with the 95 % interval of that mean.
 
-    An arm without seeds is not drawn, and keeps its colour for the other panels.
+    An arm without seeds is not drawn. An arm has one colour in all panels, its line and its band.
 
     panels  title → arm → one list of rows per seed, measured at the same steps
     column  of metrics.csv, for all panels or one for each
@@ -70,13 +198,14 @@ def seed_panels(
     """
     figure, axes = _axes(list(panels), ylabel, 3.0, columns)
     names = [column] * len(panels) if isinstance(column, str) else column
+    colors = colors_of(arm for results in panels.values() for arm in results)
     for ax, results, name in zip(axes, panels.values(), names):
-        _bands(ax, results, name, x)
+        _bands(ax, results, name, x, colors)
         ax.set(xlabel={"step": "update", "rollouts": "rollouts"}[x])
         if name == "accuracy":
             ax.set_ylim(-0.02, 1.02)
     drawn = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels())}
-    labels = [arm for arm in dict.fromkeys(arm for results in panels.values() for arm in results) if arm in drawn]
+    labels = [arm for arm in colors if arm in drawn]
     ncols = 5 if sum(map(len, labels)) < 80 else 3
     figure.legend([drawn[label] for label in labels], labels, loc="outside upper center", ncols=ncols)
     return figure
@@ -87,17 +216,17 @@ def seed_curves(results: dict[str, list[list[dict]]], columns: dict[str, str]) -
     return seed_panels(dict.fromkeys(columns.values(), results), list(columns), columns=min(3, len(columns)))
 
 
-def _bands(ax, results: dict[str, list[list[dict]]], column: str, x: str = "step") -> None:
+def _bands(ax, results: dict[str, list[list[dict]]], column: str, x: str, colors: dict[str, str]) -> None:
     """Each arm's mean over its seeds and the 95 % interval of that mean, as far as all of its seeds got."""
-    for (arm, seeds), color in zip(results.items(), COLORS[: len(results)], strict=True):
+    for arm, seeds in results.items():
         measured = [[(row[x], row[column]) for row in rows if row[column] is not None] for rows in seeds]
         intervals = [mean_interval([value for _, value in at_step]) for at_step in zip(*measured)]
         if not intervals:
             continue
         mean, low, high = zip(*intervals)
-        steps, color = [step for step, _ in measured[0]][: len(mean)], OWN_COLOR.get(arm, color)
-        ax.plot(steps, mean, color=color, label=arm)
-        ax.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+        steps = [step for step, _ in measured[0]][: len(mean)]
+        ax.plot(steps, mean, color=colors[arm], label=arm)
+        ax.fill_between(steps, low, high, color=colors[arm], alpha=0.2, linewidth=0)
 
 
 def sweep(panels: dict[str, dict[str, list[tuple[float, list[float]]]]], xlabel: str) -> Figure:
@@ -106,52 +235,47 @@ def sweep(panels: dict[str, dict[str, list[tuple[float, list[float]]]]], xlabel:
     Points are means over the seeds with their 95 % intervals; the arm "start" is drawn as a level.
     """
     figure, axes = _axes(list(panels), "held-out accuracy", 2.7, columns=3)
+    colors = colors_of(arm for arms in panels.values() for arm in arms)
+    styles = {"OPD, clipped": ("x", ":"), "OPD, near": ("s", "--")}
     for ax, arms in zip(axes, panels.values()):
-        for n, (arm, points) in enumerate((arm, points) for arm, points in arms.items() if points):
-            x, intervals = [x for x, _ in points], [mean_interval(values) for _, values in points]
-            mean, low, high = np.array(intervals).T
-            if arm == "start":
-                ax.axhline(np.mean(mean), color="#808080", linestyle=":", label=arm)
+        for arm, points in arms.items():
+            if not points:
                 continue
-            own = OWN_COLOR.get(arm, COLORS[n]), "o", "-"  # variants of OPD are darker and lighter than it
-            color, marker, line = {"OPD, clipped": ("#F0A070", "x", ":"), "OPD, near": ("#7A2F00", "s", "--")}.get(
-                arm, own
-            )
-            error = [np.subtract(mean, low), np.subtract(high, mean)]
-            style = {"color": color, "marker": marker, "linestyle": line, "markersize": 5, "capsize": 2}
-            ax.errorbar(x, mean, error, label=arm, **style)
+            x = [x for x, _ in points]
+            mean, low, high = np.array([mean_interval(values) for _, values in points]).T
+            if arm == "start":
+                ax.axhline(np.mean(mean), color=colors[arm], linestyle=":", label=arm)
+                continue
+            marker, line = styles.get(arm, ("o", "-"))
+            style = {"color": colors[arm], "marker": marker, "linestyle": line, "markersize": 5, "capsize": 2}
+            ax.errorbar(x, mean, [mean - low, high - mean], label=arm, **style)
         ax.set(xscale="log", xlabel=xlabel, xlim=(1e-4, 4e-2), ylim=(-0.04, 1.04))
     drawn = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(drawn.values(), drawn, loc="outside upper center", ncols=5)
+    labels = [arm for arm in colors if arm in drawn]
+    figure.legend([drawn[label] for label in labels], labels, loc="outside upper center", ncols=5)
     return figure
 
 
 def digest(figure: Figure) -> str:
-    """A fingerprint of what a figure shows: every line's and area's points to four digits, and every label and title.
+    """A fingerprint of what a figure shows: points to four digits and colours of lines and areas, labels and titles.
 
     It depends neither on fonts nor on the version of matplotlib, so it tells whether a picture is that of its numbers.
     """
     shown = []
     for ax in figure.axes:
         shown += [ax.get_title(), ax.get_xlabel(), ax.get_ylabel()]
-        points = [(line.get_label(), line.get_xydata()) for line in ax.get_lines()]
-        points += [("area", path.vertices) for area in ax.collections for path in area.get_paths()]
+        points = [(f"{line.get_label()} {to_hex(line.get_color())}", line.get_xydata()) for line in ax.get_lines()]
+        for area in ax.collections:
+            colors = [to_hex(color) for color in area.get_facecolor()]
+            points += [(f"area {colors}", path.vertices) for path in area.get_paths()]
         shown += [f"{label}: {' '.join(f'{v:.4g}' for v in np.ravel(xy))}" for label, xy in points]
     shown += [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     return hashlib.sha256("\n".join(shown).encode()).hexdigest()
 
 
 def save(figure: Figure, path: Path | str) -> None:
-    """As PNG on white, legible on a dark page too, with its digest in the file."""
-    drawn, note = io.BytesIO(), PngInfo()
-    figure.savefig(drawn, dpi=130, facecolor="white")
-    note.add_text("Digest", digest(figure))
-    few_colors(drawn.getvalue()).save(path, optimize=True, pnginfo=note)
-
-
-def few_colors(png: bytes) -> Image.Image:
-    """A picture in 48 colours, those that differ most, so that a few small points keep theirs: a third of the bytes."""
-    return Image.open(io.BytesIO(png)).convert("RGB").quantize(48, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    """Store a figure as PNG on white, legible on a dark page too, with its digest in the file."""
+    figure.savefig(path, dpi=200, facecolor="white", metadata={"Digest": digest(figure)})
 
 
 def token_credit(rows: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:
@@ -159,9 +283,9 @@ def token_credit(rows: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:
 
     rows  (label, one character per token, Â of each token); "$" may stand for the EOS
     """
-    figure = Figure(figsize=(0.32 * max(len(text) for _, text, _ in rows) + 2, 0.5 * len(rows) + 0.2))
+    figure = new_figure(0.32 * max(len(text) for _, text, _ in rows) + 2, 0.5 * len(rows) + 0.2)
     ax = figure.add_axes((0.18, 0, 0.82, 1))
-    colors = LinearSegmentedColormap.from_list("credit", [COLORS[1], "white", COLORS[0]])
+    colors = LinearSegmentedColormap.from_list("credit", [BLAME, "white", CREDIT])
     for y, (label, text, advantage) in enumerate(rows):
         largest = max(map(abs, advantage)) or 1.0
         for x, (token, value) in enumerate(zip(text, advantage, strict=True)):
@@ -176,11 +300,12 @@ def token_credit(rows: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:
 def scatter(panels: dict[str, dict[str, tuple]], xlabel: str, ylabel: str, height: float = 3.6) -> Figure:
     """Points, {panel title: {legend label: (x, y)}}, on shared axes; the last label is drawn on top."""
     figure, axes = _axes(list(panels), ylabel, height)
+    colors = colors_of(label for series in panels.values() for label in series)
     for ax, series in zip(axes, panels.values()):
         if ax is not axes[0]:
             ax.sharey(axes[0])  # before there are points, so that the limits hold all of them
         for n, (label, (x, y)) in enumerate(series.items()):
-            ax.plot(x, y, "os^Dv"[n % 5], color=COLORS[n], markersize=4, markeredgewidth=0, label=label)
+            ax.plot(x, y, "os^Dv"[n % 5], color=colors[label], markersize=4, markeredgewidth=0, label=label)
         ax.axhline(0, color="black", linewidth=0.6)
         ax.axvline(0, color="black", linewidth=0.6)
         ax.set(xlabel=xlabel)
@@ -192,7 +317,7 @@ def _axes(panels: Sequence[str], ylabel: str | Sequence[str], height: float, col
     """A figure of page width and its axes, one per panel title, row by row."""
     columns = columns or len(panels)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(9, height * rows), layout="constrained")
+    figure = new_figure(9, height * rows, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     ylabels = [ylabel if n % columns == 0 else "" for n in range(len(panels))] if isinstance(ylabel, str) else ylabel
     for ax, title, label in zip(axes, panels, ylabels):
@@ -207,10 +332,12 @@ def rewards(log_u: np.ndarray, divergence_names: Sequence[str]) -> Figure:
     """−f(u) and w_f(u) of each divergence against log u, over the histogram of the log u (N,) of sampled tokens."""
     figure, axes = _axes([NAMES.get(name, name) for name in divergence_names], "advantage", 2.3, columns=3)
     x = torch.linspace(-8, 4, 481, dtype=torch.float64)
+    histogram = "sampled tokens (fraction, log scale 10⁻⁴ … 1)"
+    grey = OTHER_COLORS[histogram]
     for n, (ax, name) in enumerate(zip(axes, divergence_names)):
         divergence = divergences.get(name)
-        ax.plot(x, divergence.stop_gradient(x), color=COLORS[1], linestyle="--", label="OPD: −f(u)")
-        ax.plot(x, divergence.unbiased(x), color=COLORS[0], label="OPD+: w_f(u)")
+        ax.plot(x, divergence.stop_gradient(x), color=METHOD_COLORS["OPD"], linestyle="--", label="OPD: −f(u)")
+        ax.plot(x, divergence.unbiased(x), color=METHOD_COLORS["OPD+"], label="OPD+: w_f(u)")
         ax.axhline(0, color="black", linewidth=0.6)
         ax.axvline(0, color="black", linewidth=0.6)
         ax.set(ylim=(-4, 4), xlim=(-8, 4), xticks=(-8, -4, 0, 4))
@@ -218,16 +345,14 @@ def rewards(log_u: np.ndarray, divergence_names: Sequence[str]) -> Figure:
             ax.set_xlabel("log u (nats)")
         counts = ax.twinx()
         weights = np.full(len(log_u), 1 / len(log_u))
-        counts.hist(log_u, bins=96, range=(-8, 4), weights=weights, color="#D0D0D0", log=True)
+        counts.hist(log_u, bins=96, range=(-8, 4), weights=weights, color=grey, log=True)
         counts.set_ylim(1e-4, 1)
         counts.tick_params(axis="y", which="both", right=False, labelright=False)
         ax.set_zorder(counts.get_zorder() + 1)
         ax.patch.set_visible(False)
     handles, labels = ax.get_legend_handles_labels()
-    handles.append(Patch(color="#D0D0D0"))
-    figure.legend(
-        handles, [*labels, "sampled tokens (fraction, log scale 10⁻⁴ … 1)"], loc="outside upper center", ncols=3
-    )
+    handles.append(Patch(color=grey))
+    figure.legend(handles, [*labels, histogram], loc="outside upper center", ncols=3)
     return figure
 
 
@@ -240,12 +365,12 @@ def bars(
 ) -> Figure:
     """Grouped bars, {panel title: {legend label: {group: value}}}; one ylabel for all panels or one for each."""
     figure, axes = _axes(list(panels), ylabel, height, columns)
+    colors = colors_of(label for series in panels.values() for label in series)
     for ax, series in zip(axes, panels.values()):
         width = 0.8 / len(series)
         for n, (label, values) in enumerate(series.items()):
             x = np.arange(len(values)) + (n - (len(series) - 1) / 2) * width
-            color = OWN_COLOR.get(label.split(",")[0] if n < 2 else label, COLORS[n])
-            ax.bar(x, values.values(), width, color=color, label=label)
+            ax.bar(x, values.values(), width, color=colors[label], label=label)
         groups = list(next(iter(series.values())))
         widest = max(len(line) for group in groups for line in group.split("\n"))
         tilt = {"rotation": 40, "ha": "right"} if widest * len(groups) > 90 / (columns or len(panels)) else {}
@@ -268,19 +393,22 @@ def curves(
 ) -> Figure:
     """Lines, {panel title: {legend label: (x, y) or (x, y, error)}}; "predicted …" is the dashed line of …."""
     figure, axes = _axes(list(panels), ylabel, height, columns)
+    labels = dict.fromkeys(label for series in panels.values() for label in series)
+    colors = colors_of(label for label in labels if not label.startswith("predicted "))
     for ax, series in zip(axes, panels.values()):
-        measured = [label for label in series if not label.startswith("predicted")]
         for label, (x, y, *error) in series.items():
-            n = measured.index(label.removeprefix("predicted "))
-            color = OWN_COLOR.get(measured[n], OWN_COLOR.get(measured[n].split(", ")[-1], COLORS[n]))
-            style = {"color": color, "label": label}
-            if label not in measured:
-                ax.plot(x, y, linestyle="--", linewidth=1, **style)
-            else:
-                marker = "os^DvPX"[n] if len(x) < 26 else None
-                ax.errorbar(x, y, *error, linestyle="" if error else "-", marker=marker, ms=4, capsize=2, **style)
+            if label.startswith("predicted "):
+                ax.plot(x, y, linestyle="--", linewidth=1, color=colors[label.removeprefix("predicted ")])
+                continue
+            marker = "os^DvPX"[list(colors).index(label)] if len(x) < 26 else None
+            style = {"color": colors[label], "label": label, "linestyle": "" if error else "-"}
+            ax.errorbar(x, y, *error, marker=marker, ms=4, capsize=2, **style)
         ax.set(xlabel=xlabel, xscale=xscale, yscale=yscale)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    handles, names = axes[0].get_legend_handles_labels()
+    if len(colors) < len(labels):
+        handles.append(Line2D([], [], color=OTHER_COLORS["predicted"], linestyle="--", linewidth=1))
+        names.append("predicted, in the same colour")
+    figure.legend(handles, names, loc="outside upper center", ncols=4)
     return figure
 
 
@@ -290,7 +418,7 @@ def histograms(panels: dict[str, dict[str, np.ndarray]], xlabel: str, truth: flo
     for ax, series in zip(axes, panels.values()):
         low, high = np.percentile(np.concatenate([*series.values()]), [1, 99])
         for label, values in series.items():
-            color = OWN_COLOR[label]
+            color = colors_of([label])[label]
             ax.hist(values, np.linspace(low, high, 50), density=True, color=color, alpha=0.4, label=label)
             ax.axvline(values.mean(), color=color, linewidth=1.5)
         ax.axvline(truth, color="black", linestyle=":", label="truth")
@@ -306,17 +434,18 @@ def flow(rows: dict[str, dict[str, torch.Tensor]], teacher: torch.Tensor, names:
     teacher  (3,) the star; under each panel stands how many students end within 0.02 of it
     """
     titles = list(next(iter(rows.values())))
-    figure = Figure(figsize=(9, 8.4 / len(titles) * len(rows) + 0.3))
+    figure = new_figure(7.5, 7 / len(titles) * len(rows) + 0.3)
     figure.subplots_adjust(left=0.04, right=1, bottom=0, top=0.95, wspace=0, hspace=0)
     corners = np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])
     for n, (ax, (row, title)) in enumerate(
         zip(figure.subplots(len(rows), len(titles), squeeze=False).flat, [(r, t) for r in rows for t in titles])
     ):
         paths = rows[row][title].numpy()
-        xy, color = paths @ corners, OWN_COLOR.get(row.split(":")[0], COLORS[2])
+        xy = paths @ corners
+        color = METHOD_COLORS.get(row, COLORS[0])
         ax.fill(*corners.T, facecolor="#F7F7F7", edgecolor="#B0B0B0", linewidth=0.8)
         for way in xy.swapaxes(0, 1):
-            ax.plot(*way.T, color=color, linewidth=0.8, alpha=0.8)
+            ax.plot(*way.T, color=color, linewidth=0.8)
             along = np.linalg.norm(np.diff(way, axis=0), axis=1).cumsum()
             at = np.searchsorted(along, 0.45 * along[-1])  # an arrow a little before half of the way
             if along[-1] > 0.05 and along[at] > 0:
@@ -346,9 +475,9 @@ def directions(rows: dict[str, Sequence[tuple[float, float, float]]]) -> Figure:
           first is the large mark, the others are dots, or a line from the least to the largest. A cosine of NaN is a
           mean without a direction; another number that is NaN is not drawn. A bias above 3.5 stands at the edge.
     """
-    figure = Figure(figsize=(9, 0.9 + 0.185 * len(rows)), layout="constrained")
+    figure = new_figure(9, 0.9 + 0.185 * len(rows), layout="constrained")
     cosines, *others = axes = figure.subplots(1, 3, sharey=True, width_ratios=(3, 2, 2))
-    styles = {"uphill": ("#882255", "^"), "nowhere": ("0.35", "x"), "downhill": ("#117733", "v")}  # no method's colours
+    styles = {"uphill": (COLORS[1], "^"), "nowhere": ("0.35", "x"), "downhill": (COLORS[0], "v")}
     for y, numbers in enumerate(rows.values()):
         cosine, *sizes = np.array(numbers).T
         where = "nowhere" if np.isnan(cosine[0]) else "uphill" if cosine[0] < 0 else "downhill"
