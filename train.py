@@ -9,6 +9,9 @@ What makes a run practical (its folder, resuming, signals, several devices) is i
 import copy
 from collections.abc import Iterator
 
+from nano_opd.system import libraries  # noqa: F401, before torch, which imports tqdm: its environment may be wrong
+
+# isort: split
 import torch
 from torch import nn
 from torch.optim import Optimizer

@@ -27,12 +27,21 @@ FILES = {"checkpoint.pt", "config.json", "curves.png", "metrics.csv"}
 OF_SYSTEM = ["config", "device", "distributed", "fast_rollout", "runs", "streams"]  # what decides a number there
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A copy of the code and, in out/, a run that it has made."""
+    path = tmp_path_factory.mktemp("finished") / "copy"
+    shutil.copytree(ROOT / "nano_opd", path / "nano_opd", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", path)
+    ended = start(path)
+    assert ended.returncode == 0, ended.stderr
+    return path
+
+
 @pytest.fixture
-def copy(tmp_path):
-    """A copy of the code, which a test may edit."""
-    shutil.copytree(ROOT / "nano_opd", tmp_path / "nano_opd", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "train.py", tmp_path)
-    return tmp_path
+def copy(finished, tmp_path):
+    """The same, to be edited."""
+    return shutil.copytree(finished, tmp_path / "copy")
 
 
 def append(path: Path, line: str) -> None:
@@ -118,7 +127,6 @@ def test_the_digest_of_a_function_is_of_its_code_alone(tmp_path, monkeypatch):
 
 
 def test_an_edited_method_goes_on_with_no_run_of_the_old_one(copy):
-    assert start(copy).returncode == 0
     before = snapshot(copy / "out")
     append(copy / "nano_opd" / "opdplus.py", "EDITED = True")
     for more in ([], ["--resume", "--steps", "4"]):
@@ -128,11 +136,9 @@ def test_an_edited_method_goes_on_with_no_run_of_the_old_one(copy):
         for remedy in ("move it away", "another --out-dir", "undo the edit"):
             assert remedy in ended.stderr
         assert snapshot(copy / "out") == before
-    assert start(copy, "--out-dir", str(copy / "other")).returncode == 0
 
 
 def test_words_neither_end_a_run_nor_train_a_warm_start_again(copy):
-    assert start(copy).returncode == 0
     warm_starts = snapshot(copy / "out" / "warm_starts")
     for name in train.CODE:
         text = (copy / name).read_text(encoding="utf-8")
@@ -145,11 +151,10 @@ def test_words_neither_end_a_run_nor_train_a_warm_start_again(copy):
 
 
 def test_an_edit_of_the_loop_keeps_the_warm_starts(copy):
-    assert start(copy).returncode == 0
     warm_starts = snapshot(copy / "out" / "warm_starts")
     append(copy / "train.py", "EDITED = True")
-    assert "(train.py)" in start(copy, "--resume").stderr
-    assert start(copy, "--lr", "0.1").returncode == 0
+    ended = start(copy, "--lr", "0.1")
+    assert ended.returncode == 0, ended.stderr
     assert snapshot(copy / "out" / "warm_starts") == warm_starts
 
 
@@ -214,10 +219,11 @@ def test_resume_without_a_checkpoint_says_so_and_names_the_run_that_differs_in_o
 
 def test_options_that_another_method_brings_with_it_are_not_counted(tmp_path, capsys):
     """The recipes of GRPO and OPD+ differ in three options more."""
-    short = "--digits 2 --teacher-steps 1 --teacher-layers 1 --eval-size 4 --steps 1 --out-dir".split()
-    train.main([*short, str(tmp_path), "--method", "grpo", "--student-layers", "1"])
+    sizes = "--digits 2 --teacher-steps 1 --teacher-layers 1 --teacher-width 16 --student-layers 1 --student-width 8"
+    short = [*sizes.split(), "--eval-size", "4", "--steps", "1", "--out-dir", str(tmp_path)]
+    train.main([*short, "--method", "grpo"])
     capsys.readouterr()
-    train.main([*short, str(tmp_path), "--student-layers", "1", "--resume"])
+    train.main([*short, "--resume"])
     assert "differs in --method alone (grpo there and opdplus here)" in capsys.readouterr().out
 
 

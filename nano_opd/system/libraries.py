@@ -1,5 +1,7 @@
 """Import the libraries that read the environment, so that a bad value there stops no run.
 
+Import this before torch, which imports tqdm itself.
+
 Neither variable matters to the numbers, and matplotlib's backend does not even matter to the figures: they are written
 to files.
 """
