@@ -9,6 +9,9 @@ What makes a run practical (its folder, resuming, signals, several devices) is i
 import copy
 from collections.abc import Iterator
 
+from nano_opd.system import libraries  # noqa: F401, before torch, which imports tqdm: its environment may be wrong
+
+# isort: split
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -18,7 +21,7 @@ from nano_opd.evaluate import evaluate, rewards
 from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS, Scored
 from nano_opd.rollout import score
-from nano_opd.system import runs
+from nano_opd.system import runs, sources
 from nano_opd.system.config import Config, parse
 from nano_opd.system.console import accept_any_text
 from nano_opd.system.device import compiled, precision
@@ -26,6 +29,8 @@ from nano_opd.system.distributed import replicate, require_finite
 from nano_opd.system.fast_rollout import sampler
 from nano_opd.system.report import report, warn_of_a_weak_teacher
 from nano_opd.system.streams import draw_batch, draw_problems, numpy_stream, torch_stream
+
+CODE = sources.digests(__file__)  # so that an edited method does not go on with what the old one has made
 
 
 def update(cfg: Config, step: int, student: nn.Module, teacher: nn.Module, optimizer: Optimizer, sample) -> dict:
@@ -110,7 +115,7 @@ def warm_start(cfg: Config, who: str, model: GPT) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> None:
     """One run, from its command line to its files."""
     accept_any_text()
-    with runs.start(parse(arguments)) as run:
+    with runs.start(parse(arguments), CODE) as run:
         student = run.cached("student", warm_start)
         teacher = copy.deepcopy(student) if run.cfg.reference_slot else run.cached("teacher", warm_start)
         train(run, student, teacher.requires_grad_(False))

@@ -22,7 +22,7 @@ from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.methods import METHODS, Scored
 from nano_opd.rollout import Rollout, score
 from nano_opd.system.config import Config
-from nano_opd.system.console import Parser, accept_any_text
+from nano_opd.system.console import Parser, accept_any_text, typed_path
 from nano_opd.system.device import compiled, has_compiler, keep_freed_memory, resolve
 from nano_opd.system.fast_rollout import sampler
 from nano_opd.tokenizer import EOS
@@ -159,7 +159,7 @@ def parse(parser: Parser, arguments: list[str] | None, path: Path | None = None)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="bfloat16 by autocast")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--json", type=Path, default=path, help="file of tables; those not measured now are kept")
+    parser.add_argument("--json", type=typed_path, default=path, help="file of tables; those not measured now are kept")
     args = parser.parse_args(arguments)
     most = os.cpu_count() or 1
     if not 1 <= args.threads <= most:

@@ -20,7 +20,7 @@ from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS
 from nano_opd.rollout import Rollout, response_logprobs
 from nano_opd.system import config
-from nano_opd.system.console import Parser, accept_any_text
+from nano_opd.system.console import Parser, accept_any_text, typed_path
 from nano_opd.system.device import has_compiler, resolve
 from nano_opd.system.fast_rollout import sampler
 from nano_opd.system.streams import draw_batch
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     accept_any_text()
     parser = Parser("check_gpu", description=__doc__, allow_abbrev=False)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<n>")
-    parser.add_argument("--file", type=Path, default=ROOT / "check.json", help="what to write")
+    parser.add_argument("--file", type=typed_path, default=ROOT / "check.json", help="what to write")
     args = parser.parse_args(arguments)
     try:
         device = resolve(args.device)

@@ -32,10 +32,16 @@ import numpy
 import torch
 from bench import processor
 
-from nano_opd.system import config
-from nano_opd.system.console import Parser, accept_any_text
+from nano_opd.system import config, sources
+from nano_opd.system.console import Parser, accept_any_text, typed_path
+from nano_opd.system.folder import RunFolderError, require_same_code
 
 ROOT = Path(__file__).resolve().parents[1]
+CODE = sources.digests(ROOT / "train.py")
+CODE_OF_ORACLES = {
+    "notebooks/ceiling.py": sources.digest(ROOT / "notebooks" / "ceiling.py"),
+    "notebooks/credit.py": sources.digest(ROOT / "notebooks" / "credit.py"),
+}
 
 
 @dataclass(frozen=True)
@@ -236,8 +242,16 @@ class Run:
         """What gives the advantage in the place of the method, if it is one of ceiling.ARMS."""
         return self.arm.split(" from ")[0]
 
+    @property
+    def code_of_oracle(self) -> dict[str, str]:
+        """The digests of what trains it, beside train.py and what that imports."""
+        return CODE_OF_ORACLES if self.oracle in ceiling.ARMS else {}
+
     def complete(self) -> bool:
-        """Whether this very run has been made to its end. Raises SystemExit if its folder holds another."""
+        """Whether this very run has been made to its end.
+
+        Raises SystemExit if its folder holds another, or one that was made, or begun, by other code.
+        """
         folder = self.cfg.run_dir
         if (folder / "config.json").exists():
             try:
@@ -246,6 +260,11 @@ class Run:
                 saved = {}
             if any(saved.get(name) != value for name, value in self.cfg.run_key().items()):
                 sys.exit(f"reproduce.py: {folder} holds another run: move it away, or give another --out-dir")
+            if any((folder / name).exists() for name in ("checkpoint.pt", "metrics.csv")):
+                try:
+                    require_same_code(folder, saved, CODE | self.code_of_oracle)
+                except RunFolderError as error:
+                    sys.exit(f"reproduce.py: {error}")
         return (folder / "provenance.json").exists() and (folder / "metrics.csv").exists()
 
     def rows(self) -> list[dict[str, str]]:
@@ -299,7 +318,7 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
     started, stderr = time.monotonic(), io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
         try:
-            with mock.patch.object(train, "update", update):
+            with mock.patch.object(train, "update", update), mock.patch.dict(train.CODE, run.code_of_oracle):
                 train.main(run.arguments)
         except SystemExit as end:
             if end.code > 2:  # interrupted: this process would begin the run that it was handed in advance
@@ -334,7 +353,7 @@ def main() -> None:
     parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="two seeds of a miniature, to see that everything runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
-    parser.add_argument("--out-dir", type=Path, default=ROOT / "out", help="folder of the runs (default: out)")
+    parser.add_argument("--out-dir", type=typed_path, default=ROOT / "out", help="folder of the runs (default: out)")
     args = parser.parse_args()
     if unknown := set(args.experiments) - set(EXPERIMENTS):
         parser.error(f"unknown experiments {', '.join(sorted(unknown))}: choose from {', '.join(EXPERIMENTS)}")

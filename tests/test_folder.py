@@ -44,14 +44,18 @@ def test_the_defaults_of_a_method_and_a_task_are_a_short_name(method, task):
 
 
 def test_every_option_that_a_resumed_run_must_keep_is_in_the_name():
-    plain, names = config.Config(), {}
-    for field in dataclasses.fields(plain):
+    names, plain_names = {}, {}
+    for field in dataclasses.fields(config.Config):
+        those = config.readers(field)
+        plain = config.Config(method="opdplus" if "opdplus" in those else those[-1])
+        plain_names[field.name] = plain.run_dir.name
         value, choices = getattr(plain, field.name), field.metadata["choices"]
         other = next(c for c in choices if c != value) if choices else OTHER.get(field.name, value)
         if other == value:
             other = value + 4 if isinstance(value, int) else (value or 1) / 2
-        names[field.name] = name(**{field.name: other} | ({"variance": "topk"} if field.name == "top_k" else {}))
-    assert {option for option, named in names.items() if named == plain.run_dir.name} == FREE
+        options = {"method": plain.method} | ({"variance": "topk"} if field.name == "top_k" else {})
+        names[field.name] = name(**options | {field.name: other})
+    assert {option for option, named in names.items() if named == plain_names[option]} == FREE
     rest = [named for option, named in names.items() if option not in FREE]
     assert len(set(rest)) == len(rest) and all(re.fullmatch(r"[\w.+=-]{1,120}", named) for named in rest)
     assert names["lr"] == "opdplus-jsd-sampled-add3-seed0-lr0.001"
@@ -94,7 +98,7 @@ def test_a_damaged_config_is_refused_and_a_deleted_one_comes_back_from_the_right
     capsys.readouterr()
     assert "is not a run's configuration: delete it" in refused(capsys, *tiny)
     path.unlink()
-    key = json.loads(whole) | {"lr": 0.1}
+    key = {option: value for option, value in json.loads(whole).items() if option != "code"} | {"lr": 0.1}
     folder_of_another = shutil.copytree(path.parent, config.Config(**key | {"out_dir": str(tmp_path)}).run_dir)
     assert "belongs to another configuration (lr" in refused(capsys, *tiny, "--lr", "0.1")
     assert not (folder_of_another / "config.json").exists()
@@ -105,14 +109,15 @@ def test_a_damaged_config_is_refused_and_a_deleted_one_comes_back_from_the_right
 EDITED = """
 import importlib, sys
 from pathlib import Path
-from nano_opd.system import config, folder
+from nano_opd.system import config, folder, sources
 cfg, paths = config.Config(), {}
 names = "gpt sft arithmetic tokenizer policy_gradient rollout system.streams opdplus system.report"
 for name in names.split():
     module = importlib.import_module(f"nano_opd.{name}")
     before = folder.warm_start(cfg, "student", config.parse)[0]
     with open(module.__file__, "a", encoding="utf-8") as file:
-        file.write("# edited")
+        file.write(sys.argv[1])
+    sources.tree.cache_clear()
     importlib.reload(folder)
     paths[name] = folder.warm_start(cfg, "student", config.parse)[0] != before
 print(*[name for name, changed in paths.items() if changed])
@@ -121,10 +126,12 @@ print(*[name for name, changed in paths.items() if changed])
 
 def test_a_warm_start_is_trained_anew_when_what_trains_it_is_edited(tmp_path):
     shutil.copytree(ROOT / "nano_opd", tmp_path / "nano_opd")
-    command = [sys.executable, "-c", EDITED]
-    ended = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
-    edited = "gpt sft arithmetic tokenizer policy_gradient rollout system.streams".split()
-    assert ended.stdout.decode().split() == edited, ended.stderr
+    trains = "gpt sft arithmetic tokenizer policy_gradient rollout system.streams".split()
+    for edit, edited in (("# a comment", []), ("EDITED = True", trains)):
+        command = [sys.executable, "-c", EDITED, f"\n{edit}\n"]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        assert ended.stdout.decode().split() == edited, ended.stderr
     cfg = config.Config()
     paths = {folder.warm_start(cfg, "student", how)[0] for how in (train.warm_start, train.update)}
     assert len(paths) == 2
@@ -166,7 +173,7 @@ def test_a_folder_without_permission_is_one_sentence(mode, capsys, tmp_path):
 
 def test_two_runs_in_one_folder_are_refused_while_the_first_lives(capsys, tmp_path):
     arguments = [*TINY, "--out-dir", str(tmp_path), "--resume"]
-    with folder.claim(config.parse(arguments)):
+    with folder.claim(config.parse(arguments), train.CODE):
         assert "another process is writing" in refused(capsys, *arguments)
     train.main(arguments)
 

@@ -88,7 +88,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_its_four_files(finished):
     assert sorted(p.name for p in finished.iterdir()) == ["checkpoint.pt", "config.json", "curves.png", "metrics.csv"]
     saved = json.loads((finished / "config.json").read_text(encoding="utf-8"))
-    assert saved["method"] == "opdplus" and saved["steps"] == 12 and set(saved) == set(vars(config.Config()))
+    assert saved["method"] == "opdplus" and saved["steps"] == 12 and set(saved) == {*vars(config.Config()), "code"}
     rows = metrics(finished)
     assert [int(r["step"]) for r in rows] == list(range(13)) and [int(r["rollouts"]) for r in rows] == list(
         range(0, 52, 4)

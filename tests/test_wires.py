@@ -70,7 +70,7 @@ def test_two_seeds_begin_with_other_weights_even_without_a_warm_start(tmp_path):
     made = []
     for seed in ("0", "1"):
         cfg = config.parse([*TINY, "--student-steps", "0", "--out-dir", str(tmp_path), "--seed", seed])
-        with runs.start(cfg) as run:
+        with runs.start(cfg, train.CODE) as run:
             made.append(run.cached("student", train.warm_start).embedding.weight)
     assert not torch.equal(*made)
 

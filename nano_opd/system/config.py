@@ -16,7 +16,7 @@ from nano_opd.gpt import GPTConfig
 from nano_opd.methods import METHODS, Method
 from nano_opd.system import device, distributed, memory
 from nano_opd.system.checks import did_you_mean
-from nano_opd.system.console import Parser
+from nano_opd.system.console import Parser, typed_path
 from nano_opd.tokenizer import VOCAB_SIZE
 
 
@@ -36,6 +36,7 @@ OF_TASK = {"mul": {"teacher_steps": 800, "steps": 1600}, "mix": {"teacher_steps"
 EFFORT = {"sub": 1.25, "mul": 1.5, "mix": 2.5}
 SELF_TAUGHT = {"needs": lambda method: method.teacher == "self"}
 _flag = lambda name: "--" + name.replace("_", "-")
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 GENERATORS = ", ".join(divergences.DIVERGENCES) + ", alpha=<float>; <name>,c=<float> is f + c(u−1)"
 
 
@@ -110,11 +111,14 @@ class Config:
 
     def __post_init__(self):
         """What was not given is the method's recipe. Raises ValueError: the flag, the value and what is allowed."""
-        for name, value in recipe(self.method, self.task, self.digits).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        if isinstance(self.out_dir, (str, Path)):
+            object.__setattr__(self, "out_dir", str(typed_path(self.out_dir)))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if value is None and field.default is None:  # the recipe has it
+                continue
+            if not _has_type(value, field.type):
+                raise ValueError(f"{_flag(field.name)} {str(value)[:20]}: must be {WORDS[field.type]}")
             choices, low, high = (field.metadata[key] for key in ("choices", "low", "high"))
             if choices and value not in choices:
                 known = ", ".join(choices) + did_you_mean(str(value), choices)
@@ -124,6 +128,14 @@ class Config:
                 above = f"{low} or more" + f" and at most {most:.0e}" * (value > 0)
                 allowed = f"from {low} to {high}" if high else above
                 raise ValueError(f"{_flag(field.name)} {str(value)[:20]}: must be {allowed}")
+        defaults = recipe(self.method, self.task, self.digits)
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, defaults[field.name])
+            elif getattr(self, field.name) != defaults[field.name]:
+                self.require_reader(field)
+            if field.type is float:  # so that 1 and 1.0 are one run, with one name
+                object.__setattr__(self, field.name, float(getattr(self, field.name)))
         divergences.get(self.divergence)
         if self.digits == 1:
             raise ValueError("--digits 1: a problem is one column, so no held-out one is ever taught; give 2 or more")
@@ -147,6 +159,13 @@ class Config:
                 self.gpt(who)
             except ValueError as error:
                 raise ValueError(f"--{who}-width {getattr(self, f'{who}_width')}: {error}") from None
+
+    def require_reader(self, field: dataclasses.Field) -> None:
+        """Raise ValueError if the method does not read this option."""
+        those = readers(field)
+        if self.method not in those:
+            given = f"{_flag(field.name)} {getattr(self, field.name)}"
+            raise ValueError(f"{given} means nothing with --method {self.method}: it is read by {', '.join(those)}")
 
     @property
     def reference_slot(self) -> bool:
@@ -184,18 +203,30 @@ class Config:
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
 
     @property
+    def not_default(self) -> dict:
+        """What a run has to keep when it is resumed, and is not the default of its method, task and size."""
+        defaults = recipe(self.method, self.task, self.digits)
+        return {k: v for k, v in self.run_key(resumed=True).items() if v != defaults[k]}
+
+    @property
     def run_dir(self) -> Path:
         """The run's own folder, named after it and every option not at its default, but those free at --resume."""
         named = "method divergence variance task digits seed".split()
         parts = [self.method, *(getattr(self, name) for name in named[1:3] if name in METHODS[self.method].options)]
         parts += [f"{self.task}{self.digits}", f"seed{self.seed}"]
-        default, mine = recipe(self.method, self.task, self.digits), self.run_key(resumed=True)
-        parts += [f"{k}{'' if v is True else v}" for k, v in mine.items() if k not in named and v != default[k]]
+        parts += [f"{k}{'' if v is True else v}" for k, v in self.not_default.items() if k not in named]
         parts += [f"ranks{distributed.world_size()}"] if distributed.world_size() > 1 else []
         name = re.sub(r"[^\w.+=-]", "_", "-".join(parts), flags=re.ASCII)
         if len(name) > 120:  # some file systems allow 143
             name = f"{name[:107]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
         return Path(self.out_dir) / name
+
+
+def _has_type(value, kind: type) -> bool:
+    """Whether a value is what an option of this type takes: an int is a number too, and a bool is none."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def recipe(method: str, task: str, digits: int) -> dict:
@@ -233,12 +264,10 @@ def parse(arguments: list[str] | None = None) -> Config:
     typed = vars(parser.parse_args(arguments))
     try:
         config = Config(**typed)
+        for name in typed:  # at its default too
+            config.require_reader(fields[name])
     except ValueError as error:
         parser.error(str(error))
-    for name in typed:
-        if config.method not in (those := readers(fields[name])):
-            why = f"means nothing with --method {config.method}: it is read by {', '.join(those)}"
-            parser.error(f"{_flag(name)} {typed[name]} {why}")
     try:
         where = distributed.own_device(device.resolve(config.device))
     except ValueError as error:

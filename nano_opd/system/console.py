@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TextIO
 
 PATIENCE = 30  # seconds
@@ -19,6 +20,17 @@ class Parser(argparse.ArgumentParser):
         if not self.speaks:
             time.sleep(PATIENCE)  # the launcher ends all with the first to end, so the one that speaks is to be first
         self.exit(2, f"{self.prog}: {message}\n" if self.speaks else None)
+
+
+def typed_path(text: str | Path) -> Path:
+    """Return a path with the home folder for a ~ at its start, which a shell leaves in --out-dir=~/runs.
+
+    Raises ValueError where there is no such home.
+    """
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ValueError(f"{text}: there is no such home folder; ./{text} is a folder of that name")
+    return Path(expanded)
 
 
 def accept_any_text() -> None:

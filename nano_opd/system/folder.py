@@ -3,19 +3,20 @@
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from nano_opd import arithmetic, gpt, policy_gradient, rollout, sft, tokenizer
-from nano_opd.system import checkpoint, distributed, streams
+from nano_opd.system import checkpoint, distributed, sources, streams
 from nano_opd.system.config import Config
+from nano_opd.system.console import say
 
-# What trains a warm start, as it was when it was imported: after an edit, were it of a comment, it is trained anew.
+# What trains a warm start, beside the function that does. After an edit of it a warm start is trained again, but not
+# after one of a comment or a docstring.
 SOURCES = arithmetic, gpt, policy_gradient, rollout, sft, tokenizer, streams
-CODE = hashlib.sha256("".join(map(inspect.getsource, SOURCES)).encode()).hexdigest()
+CODE = " ".join(sources.digest(module.__file__) for module in SOURCES)
 
 
 class RunFolderError(ValueError):
@@ -29,17 +30,20 @@ def warm_start(cfg: Config, who: str, how: Callable) -> tuple[Path, dict]:
     """
     names = ("task", "digits", "seed", "sft_batch_size", "sft_lr", "reference_slot")
     key = {"code": CODE, "who": who, "gpt": dataclasses.asdict(cfg.gpt(who)), "steps": getattr(cfg, f"{who}_steps")}
-    key |= {name: getattr(cfg, name) for name in names} | {"how": inspect.getsource(how)}
+    key |= {name: getattr(cfg, name) for name in names} | {"how": sources.digest_of_function(how)}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     return Path(cfg.out_dir) / "warm_starts" / f"{who}-{cfg.task}{cfg.digits}-seed{cfg.seed}-{digest}.pt", key
 
 
 @contextlib.contextmanager
-def claim(cfg: Config) -> Iterator[None]:
+def claim(cfg: Config, code: Mapping[str, str]) -> Iterator[None]:
     """Hold the run's folder for the length of a `with`; rank 0 holds it for all ranks.
 
+    code  the digest of each file that decides a number of the run (sources.py)
+
     Raises RunFolderError, and changes nothing, for a folder that cannot be used, that holds another run, or this one
-    without --resume, or that another process is writing to. A run that failed before its first checkpoint left nothing.
+    made by other code or without --resume, or that another process is writing to. A run that failed before its first
+    checkpoint left nothing.
     """
     if distributed.rank() > 0:
         yield
@@ -57,6 +61,8 @@ def claim(cfg: Config) -> Iterator[None]:
         raise RunFolderError(f"{path} is not a run's configuration: delete it, or give another --out-dir")
     if there and saved and (different := checkpoint.differences(saved, cfg.run_key(resumed=True))):
         raise RunFolderError(f"{cfg.run_dir} holds another run ({different}): give another --out-dir")
+    if there and saved:
+        require_same_code(cfg.run_dir, saved, code)
     if there == ["metrics.csv"]:
         raise RunFolderError(
             f"{cfg.run_dir} has metrics.csv and no checkpoint.pt to go on from: move it away to begin anew"
@@ -72,9 +78,58 @@ def claim(cfg: Config) -> Iterator[None]:
         yield
 
 
-def write_config(cfg: Config) -> None:
-    """config.json, the options of this run."""
-    text = json.dumps(dataclasses.asdict(cfg), indent=2)
+def require_same_code(run_dir: Path, saved: Mapping, code: Mapping[str, str]) -> None:
+    """Raise RunFolderError unless a run was made by this code.
+
+    saved  the contents of the run's config.json
+    code   the digest of each file that decides a number of the run, as it is now
+    """
+    there = saved.get("code")
+    remedy = "move it away, or give another --out-dir, to train with the code as it is now"
+    if not isinstance(there, dict):
+        raise RunFolderError(f"{run_dir} does not say which code made it, so it may have been other code: {remedy}")
+    changed = sorted(name for name in there.keys() | code.keys() if there.get(name) != code.get(name))
+    if changed:
+        names = ", ".join(changed[:3])
+        if len(changed) > 3:
+            names += f" and {len(changed) - 3} more"
+        to_go_on = "to go on with the old run, undo the edit"
+        raise RunFolderError(f"the code has changed since {run_dir} was made ({names}): {remedy}; {to_go_on}")
+
+
+def say_if_nothing_is_resumed(cfg: Config) -> None:
+    """Print a line if --resume finds no checkpoint: an option may be mistyped or forgotten. Rank 0 does."""
+    if cfg.resume and distributed.rank() == 0 and not (cfg.run_dir / "checkpoint.pt").exists():
+        say(f"no checkpoint in {cfg.run_dir}: this run starts from the beginning{_nearest_run(cfg)}")
+
+
+def _nearest_run(cfg: Config) -> str:
+    """Return the end of a sentence that names the last run in --out-dir that differs from this one in one option.
+
+    It is empty if there is none: none with a checkpoint, or none that this code can read.
+    """
+    found = []
+    for checkpoint_file in Path(cfg.out_dir).glob("*/checkpoint.pt"):
+        try:
+            saved = json.loads(checkpoint_file.with_name("config.json").read_text(encoding="utf-8"))
+            other = Config(**{name: value for name, value in saved.items() if name != "code"})
+            written = checkpoint_file.stat().st_mtime
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            continue
+        theirs, ours = other.not_default, cfg.not_default
+        different = [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]
+        if len(different) == 1:
+            found.append((written, checkpoint_file.parent, different[0], other))
+    if not found:
+        return ""
+    _, folder, name, other = max(found, key=lambda run: run[0])
+    flag = "--" + name.replace("_", "-")
+    return f"; {folder} differs in {flag} alone ({getattr(other, name)} there and {getattr(cfg, name)} here)"
+
+
+def write_config(cfg: Config, code: Mapping[str, str]) -> None:
+    """Write config.json: the options of this run and, under "code", the digests of the code that trains it."""
+    text = json.dumps(dataclasses.asdict(cfg) | {"code": dict(code)}, indent=2)
     checkpoint.write_atomically(cfg.run_dir / "config.json", lambda file: file.write(text.encode()))
 
 

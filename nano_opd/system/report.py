@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from nano_opd import arithmetic
@@ -12,6 +11,7 @@ from nano_opd.gpt import GPT
 from nano_opd.system import checkpoint, distributed
 from nano_opd.system.console import say
 from nano_opd.system.fast_rollout import sampler
+from nano_opd.system.libraries import Figure
 from nano_opd.system.runs import Run
 from nano_opd.system.streams import draw_problems, torch_stream
 

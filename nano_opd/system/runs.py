@@ -9,13 +9,13 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nano_opd.gpt import GPT
 from nano_opd.system import checkpoint, distributed, folder
@@ -23,6 +23,7 @@ from nano_opd.system.checks import NumericalFault, require_finite
 from nano_opd.system.config import Config
 from nano_opd.system.console import say
 from nano_opd.system.device import keep_freed_memory, resolve
+from nano_opd.system.libraries import tqdm
 from nano_opd.system.streams import torch_stream
 
 # Row n describes the student after n updates, then the update that follows. An empty cell was not measured.
@@ -37,7 +38,10 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """The first signal to end within a `with`, kept until the step is finished; a second one acts as before it."""
+    """The first signal to end within a `with`, kept until the step is finished; a second one acts as before it.
+
+    Only the main thread can catch signals. In another thread no signal is kept, and the program's own handlers stay.
+    """
 
     signal: int | None = None
 
@@ -45,6 +49,8 @@ class StopRequest:
         kept, hangup = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)  # Windows has none
         if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup's choice stays
             kept.append(hangup)
+        if threading.current_thread() is not threading.main_thread():
+            kept = []
         self.before = {number: signal.signal(number, self._keep) for number in kept}
         return self
 
@@ -66,10 +72,10 @@ class StopRequest:
 
 
 class Run:
-    """One run: its configuration, its device, its step, and the rows of metrics.csv so far."""
+    """One run: its configuration, its code, its device, its step, and the rows of metrics.csv so far."""
 
-    def __init__(self, cfg: Config, device: torch.device, stop: StopRequest):
-        self.cfg, self.device, self.stop = cfg, device, stop
+    def __init__(self, cfg: Config, code: Mapping[str, str], device: torch.device, stop: StopRequest):
+        self.cfg, self.code, self.device, self.stop = cfg, dict(code), device, stop
         self.step, self.rows = 0, []
 
     def cached(self, who: str, train: Callable[[Config, str, GPT], Iterator[None]]) -> GPT:
@@ -107,7 +113,7 @@ class Run:
         self.parts, self.started, first = parts, time.monotonic(), 0
         path = self.cfg.run_dir / "checkpoint.pt"
         if path.exists():
-            state = checkpoint.load(path, self.cfg.run_key(resumed=True), self.device, parts)
+            state = checkpoint.load(path, self.cfg.run_key(resumed=True) | self.code, self.device, parts)
             if state["step"] > self.cfg.steps:
                 raise folder.RunFolderError(
                     f"{self.cfg.run_dir} has made {state['step']} updates: give --steps as many or more"
@@ -115,7 +121,8 @@ class Run:
             first, self.started = state["step"], self.started - state["seconds"]
             self.rows = state["rows"][:first]  # the row of the step itself is measured again
         if distributed.rank() == 0:
-            folder.write_config(self.cfg)  # not before the checkpoint is known to be this run's; --steps may be others
+            # Not before the checkpoint is known to be this run's. --steps may be others.
+            folder.write_config(self.cfg, self.code)
         with self._bar(self.cfg.run_dir.name, self.cfg.steps) as self.bar:
             self.bar.update(first)
             for step in range(first, self.cfg.steps + 1):
@@ -153,7 +160,9 @@ class Run:
             return
         states = {name: part.state_dict() for name, part in self.parts.items()}
         state = {"step": step, "seconds": time.monotonic() - self.started, "rows": self.rows} | states
-        checkpoint.save(self.cfg.run_dir / "checkpoint.pt", self.cfg.run_key(), state)
+        if not os.path.exists(self.cfg.run_dir / "config.json"):  # somebody has deleted it, or the folder
+            folder.write_config(self.cfg, self.code)
+        checkpoint.save(self.cfg.run_dir / "checkpoint.pt", self.cfg.run_key() | self.code, state)
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -167,8 +176,11 @@ class Run:
 
 
 @contextlib.contextmanager
-def start(cfg: Config) -> Iterator[Run]:
-    """A run in its folder, among its ranks. Its known ways to fail end the program: one sentence and an exit code."""
+def start(cfg: Config, code: Mapping[str, str]) -> Iterator[Run]:
+    """A run in its folder, among its ranks. Its known ways to fail end the program: one sentence and an exit code.
+
+    code  the digest of each file that decides a number of the run: sources.digests of the program
+    """
     run = None
 
     def end(code: int, sentence: str) -> NoReturn:
@@ -179,9 +191,10 @@ def start(cfg: Config) -> Iterator[Run]:
     again = f"the same command with --resume continues {cfg.run_dir}"
     try:
         device = distributed.own_device(resolve(cfg.device))
-        with StopRequest() as stop, distributed.group(device), folder.claim(cfg):
+        with StopRequest() as stop, distributed.group(device), folder.claim(cfg, code):
             keep_freed_memory()
-            run = Run(cfg, device, stop)
+            folder.say_if_nothing_is_resumed(cfg)
+            run = Run(cfg, code, device, stop)
             yield run
             stop.check()  # a signal after the last update
     except (checkpoint.CheckpointError, checkpoint.WriteError, folder.RunFolderError) as error:
