@@ -340,7 +340,7 @@ def busy(usual: int) -> Rows:
 def busy_run(usual: int, limit: float = 400) -> Rows:
     """Seconds of the main command from nothing, beside one busy process, with no end later than `limit`."""
     rows = []
-    for asked in ("1", "auto", str(usual)):
+    for asked in dict.fromkeys(("1", "auto", str(usual))):
         with beside("beside one busy process", usual), tempfile.TemporaryDirectory() as out:
             command = [sys.executable, *TRAIN, "--threads", asked, "--out-dir", out]
             started = time.monotonic()
