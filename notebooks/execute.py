@@ -50,6 +50,7 @@ parser.add_argument("--quick", action="store_true")
 parser.add_argument("--write", action="store_true")
 options = parser.parse_args()
 os.environ["NANO_OPD_QUICK"] = str(int(options.quick))
+os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the kernels
 with ThreadPoolExecutor(2) as pool:  # each notebook computes in one thread of a kernel of its own
     futures = {pool.submit(execute, p, options.write): p for p in options.notebooks or sorted(FOLDER.glob("*.ipynb"))}
     for future, path in futures.items():

@@ -333,7 +333,7 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "processor": processor(),
-        "threads": str(torch.get_num_threads()),
+        "threads": str(json.loads((run.cfg.run_dir / "config.json").read_text(encoding="utf-8"))["threads"]),
     }
     (run.cfg.run_dir / "provenance.json").write_text(json.dumps(note, indent=2), encoding="utf-8")
     return time.monotonic() - started, " ".join(stderr.getvalue().splitlines()[-1:])

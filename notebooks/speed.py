@@ -5,6 +5,7 @@
     python notebooks/speed.py --precision           from which width on bfloat16 is faster
     python notebooks/speed.py --scaling             cost against response length and batch, and scaling.png
     python notebooks/speed.py --operators           where each millisecond of a step on a CPU goes
+    python notebooks/speed.py --busy                one thread, all threads and --threads auto beside other programs
 
 The floor of a phase is its matrix products alone, their outputs preallocated and nothing in between, at the rate that
 this machine reaches in the same turns. So time / floor says what everything else costs: launches, normalisation,
@@ -12,9 +13,14 @@ softmax, drawing, the optimizer. On a GPU the floor is replayed as one CUDA grap
 reading weights, keys and values takes.
 """
 
+import contextlib
 import importlib.util
+import os
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import bench
@@ -26,8 +32,10 @@ from matplotlib.figure import Figure
 
 from nano_opd.gpt import GPTConfig, logprobs_of
 from nano_opd.rollout import response_logits, response_logprobs
+from nano_opd.system import threads
+from nano_opd.system.config import Config
 from nano_opd.system.console import Parser
-from nano_opd.system.device import has_compiler
+from nano_opd.system.device import has_compiler, keep_freed_memory
 from nano_opd.system.fast_rollout import sampler
 
 Device, Dtype, Rows = torch.device, torch.dtype, list[dict]
@@ -35,6 +43,8 @@ Product = tuple[int, int, int, int]  # (batch, m, k, n): so many products (m, k)
 RESULTS = Path(__file__).parent / "results"
 KINDS = {"mm": "products", "layer_norm": "norms", "softmax": "softmax", "gelu": "GELU", "adamw": "AdamW"}
 KINDS |= dict.fromkeys(("copy", "cat", "embedding", "index", "gather", "scatter"), "copies")  # part of a name → kind
+TRAIN = [str(Path(__file__).resolve().parents[1] / "train.py"), "--method", "opdplus"]  # what `busy_run` times
+STEPS_IN_A_TURN, TURNS = 4, 5  # of `busy`
 COLUMNS = "size;B;phase;compile;tokens/s;ms;floor, ms;time / floor;calls;calls per token;peak, MB".split(";")
 
 
@@ -223,6 +233,127 @@ def scaling(axis: str, values: list[int], device: Device, dtype: Dtype, turns: i
     return rows
 
 
+def make_steps(asked: str) -> None:
+    """Make steps of the default method, with the threads that --threads would take; the body of a process of its own.
+
+    It prints "ready" and its number of threads. Then it makes STEPS_IN_A_TURN steps for each line that it reads, and
+    prints their seconds.
+    """
+    cpu = torch.device("cpu")
+    keep_freed_memory()
+    with threads.chosen(Config(threads=asked), cpu, None):
+        step = bench.phases(*new_pair(2, 64, P + R, cpu), B, P, R, compile="off")["step"]
+        step()
+        print("ready", torch.get_num_threads(), flush=True)
+        for _ in sys.stdin:
+            taken = []
+            for _ in range(STEPS_IN_A_TURN):
+                started = time.perf_counter()
+                step()
+                taken.append(time.perf_counter() - started)
+            print(*taken, flush=True)
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """The environment of a process that finds this file, with no number of threads in it, and these settings."""
+    kept = {name: value for name, value in os.environ.items() if name not in threads.SETTINGS}
+    folders = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    return kept | {"PYTHONPATH": os.pathsep.join(folders)} | settings
+
+
+@contextlib.contextmanager
+def running(*arguments: str, **settings: str) -> Iterator[subprocess.Popen]:
+    """A Python process for the length of a `with`."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *arguments], env=environment(**settings), **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def beside(neighbour: str, usual: int) -> Iterator[None]:
+    """One of NEIGHBOURS at work for the length of a `with`."""
+    if neighbour == "quiet":
+        yield
+    elif neighbour == "beside one busy process":
+        with running("-c", "while True: pass"):
+            yield
+    else:
+        endless = f"import torch; torch.set_num_threads({usual}); x = torch.randn(512, 512)\nwhile True: x @ x"
+        with running("-c", endless):
+            time.sleep(3)  # until it has imported torch
+            yield
+
+
+NEIGHBOURS = "quiet", "beside one busy process", "beside a job of all threads"
+
+
+def ways_of_waiting(usual: int) -> dict[str, tuple[str, dict[str, str]]]:
+    """What is compared: its name, its --threads, and the settings of its environment."""
+    return {
+        f"{usual} threads": (str(usual), {}),
+        f"{usual} threads, OMP_WAIT_POLICY=PASSIVE": (str(usual), {"OMP_WAIT_POLICY": "PASSIVE"}),
+        f"{usual} threads, GOMP_SPINCOUNT=5000": (str(usual), {"GOMP_SPINCOUNT": "5000"}),
+        f"{usual} threads, GOMP_SPINCOUNT=20000": (str(usual), {"GOMP_SPINCOUNT": "20000"}),
+        "1 thread": ("1", {}),
+        "--threads auto": ("auto", {}),
+    }
+
+
+def busy(usual: int) -> Rows:
+    """Seconds of a step of the default method, eager: median and quartiles, by neighbour.
+
+    A neighbour is started, then a process for each way, one after the other, so that --threads auto chooses beside that
+    neighbour alone. Then the ways take turns. What waits for its turn uses no core.
+    """
+    ways = ways_of_waiting(usual)
+    rows = {name: {"a step with": name} for name in ways}
+    for neighbour in NEIGHBOURS:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(beside(neighbour, usual))
+            processes = {}
+            numbers = {}
+            taken = {name: [] for name in ways}
+            for name, (asked, settings) in ways.items():
+                code = f"import speed; speed.make_steps({asked!r})"
+                processes[name] = stack.enter_context(running("-c", code, **settings))
+                for line in processes[name].stdout:  # what --threads auto says comes before
+                    if line.startswith("ready"):
+                        numbers[name] = line.split()[1]
+                        break
+            order = list(ways)
+            for _ in range(TURNS):
+                for name in order:
+                    print("go", file=processes[name].stdin, flush=True)
+                    taken[name] += map(float, processes[name].stdout.readline().split())
+                order.reverse()
+            for name, values in taken.items():
+                rows[name][f"{neighbour}, s"] = [float(q) for q in np.percentile(values, (50, 25, 75))]
+                rows[name].setdefault("threads", []).append(numbers[name])
+    for row in rows.values():
+        row["threads"] = ", ".join(row.pop("threads"))  # in the last column, neighbour by neighbour
+    return list(rows.values())
+
+
+def busy_run(usual: int, limit: float = 400) -> Rows:
+    """Seconds of the main command from nothing, beside one busy process, with no end later than `limit`."""
+    rows = []
+    for asked in dict.fromkeys(("1", "auto", str(usual))):
+        with beside("beside one busy process", usual), tempfile.TemporaryDirectory() as out:
+            command = [sys.executable, *TRAIN, "--threads", asked, "--out-dir", out]
+            started = time.monotonic()
+            try:
+                subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL, check=True, timeout=limit)
+                seconds = time.monotonic() - started
+            except subprocess.TimeoutExpired:
+                seconds = f"no end within {limit:.0f}"
+            warm_starts = len([*Path(out).glob("warm_starts/*.pt")])
+            rows.append({"train.py --threads": asked, "s": seconds, "warm starts finished": warm_starts})
+    return rows
+
+
 def exponent(x: np.ndarray, y: np.ndarray) -> float:
     """The a of y ∝ x^a, by least squares on logarithms over the upper half of x."""
     half = len(x) // 2
@@ -254,11 +385,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", action="store_true", help="from which width on bfloat16 is faster")
     parser.add_argument("--scaling", action="store_true", help="cost against response length and batch; a figure")
     parser.add_argument("--operators", action="store_true", help="where each millisecond of a step on a CPU goes")
+    parser.add_argument("--busy", action="store_true", help="beside other programs: the number of threads (a CPU)")
     args = bench.parse(parser, arguments, RESULTS / "speed.json")
     if args.peers and importlib.util.find_spec("transformers") is None:
         parser.error("--peers: Hugging Face's transformers is not installed here")
     if args.operators and args.device.type != "cpu":
         parser.error("--operators: counts on a CPU; add --device cpu")
+    if args.busy and args.threads < 2:
+        parser.error("--busy: compares one thread with several; add --threads 2 or more")
     where, sizes, batches, copy_rate = (args.device, args.dtype), args.sizes, (B,), np.inf
     if args.device.type == "cuda":
         batches, copy_rate = (128, 512, 1024, 4096), bandwidth(args.device)
@@ -270,8 +404,11 @@ def main(arguments: list[str] | None = None) -> None:
         "precision": [lambda w=w: precision(w, B, args.device) for w in (64, 128, 256, 384, 768)],
         "operators": [lambda: operators(B)],
         "scaling": [lambda a=a: scaling(*a, *where) for a in axes.items()],
+        "busy": [lambda: busy(args.threads)],
+        "busy_run": [lambda: busy_run(args.threads)],
     }
-    asked = [name for name in ("peers", "precision", "scaling", "operators") if getattr(args, name)]
+    asked = [name for name in ("peers", "precision", "scaling", "operators", "busy") if getattr(args, name)]
+    asked += ["busy_run"] if args.busy else []
     for name in asked or ["speed", "vocabulary"]:
         rows = []
         for measure in tables[name]:

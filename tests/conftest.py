@@ -1,5 +1,7 @@
 """Shared by the tests: one thread, so that workers do not fight for the cores; a compiler or a skip; a random model."""
 
+import os
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from nano_opd.system import device
 from nano_opd.tokenizer import EOS, VOCAB_SIZE
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that tests start; and no run measures how many are fastest
 
 
 def new_model(block_size, **sizes):

@@ -26,8 +26,10 @@ OTHER = {
     "out_dir": "elsewhere",
     "resume": True,
     "device": "cpu",
+    "threads": "1",
 }
 FREE = {"steps", "eval_every", "out_dir", "resume", "device", "compile"}  # what a run may be resumed with
+FREE |= {"threads"}  # kept by config.json, and in no name: the number that is chosen depends on the hour
 
 
 def name(**options) -> str:

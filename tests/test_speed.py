@@ -85,6 +85,8 @@ def test_the_stored_tables_are_those_that_would_be_written(small, tmp_path, monk
     stored, written = (
         json.loads(p.read_text(encoding="utf-8")) for p in (speed.RESULTS / "speed.json", tmp_path / "b.json")
     )
+    for name in ("busy", "busy_run"):  # of several processes, in a test of their own
+        stored.pop(name, None)
     assert list(stored) == list(written)
     compiled = "sample, compiled / this"  # a column where there is a compiler
     for name in stored:
@@ -96,6 +98,33 @@ def test_the_stored_tables_are_those_that_would_be_written(small, tmp_path, monk
     ):
         assert next(csv.reader(first)) == next(csv.reader(second))
     assert (tmp_path / "scaling.png").exists()
+
+
+def test_the_table_of_a_busy_machine_has_every_way_and_neighbour(monkeypatch, tmp_path, capsys):
+    """Real processes of one thread, and one turn each; how long they take is not tested."""
+    ways = {"--threads auto": ("auto", {})}
+    real = speed.environment
+    monkeypatch.setattr(speed, "environment", lambda **settings: real(OMP_NUM_THREADS="1", **settings))
+    monkeypatch.setattr(speed, "ways_of_waiting", lambda usual: ways)
+    monkeypatch.setattr(speed, "busy_run", lambda usual, run=speed.busy_run: run(1))
+    monkeypatch.setattr(speed, "NEIGHBOURS", speed.NEIGHBOURS[1:2])
+    monkeypatch.setattr(speed, "TURNS", 1)
+    tiny = "--digits 2 --teacher-steps 1 --student-steps 1 --steps 1 --batch-size 4 --eval-size 4"
+    monkeypatch.setattr(speed, "TRAIN", [speed.TRAIN[0], *tiny.split()])
+    path = tmp_path / "b.json"
+    before = torch.get_num_threads()
+    try:
+        speed.main(["--device", "cpu", "--threads", "2", "--json", str(path), "--busy"])
+    finally:
+        torch.set_num_threads(before)
+    tables = json.loads(path.read_text(encoding="utf-8"))
+    assert list(tables) == ["busy", "busy_run"]
+    for row, name in zip(tables["busy"]["rows"], ways, strict=True):
+        assert list(row) == ["a step with", "beside one busy process, s", "threads"]
+        assert row["a step with"] == name and row["threads"] == "1" and min(row["beside one busy process, s"]) > 0
+    runs = tables["busy_run"]["rows"]
+    assert [row["train.py --threads"] for row in runs] == ["1", "auto"]
+    assert all(row["s"] > 0 and row["warm starts finished"] == 2 for row in runs)
 
 
 def test_scaling_and_precision_at_tiny_sizes():
@@ -118,7 +147,7 @@ def test_every_millisecond_is_somewhere():
     assert rows["rollout"]["AdamW"] == rows["score"]["AdamW"] == 0 < rows["update"]["AdamW"]
 
 
-@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--peer"], ["--peers"], ["--operators"]])
+@pytest.mark.parametrize("arguments", [["--threads", "0"], ["--peer"], ["--peers"], ["--operators"], ["--busy"]])
 def test_a_bad_command_line_gets_one_sentence(arguments, monkeypatch, capsys):
     monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(bench, "resolve", lambda name: torch.device("cuda" if name == "auto" else name))

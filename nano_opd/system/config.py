@@ -6,6 +6,7 @@ The command line is made from this dataclass, and the dataclass that ran is the 
 import argparse
 import dataclasses
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,6 +104,9 @@ class Config:
     dtype: str = option(
         "auto", "auto: bfloat16 for products on a GPU, from width 256 on", choices=("auto", "float32", "bfloat16")
     )
+    threads: str = option(
+        "auto", "threads of the CPU, a number; auto: as many as are fastest at the start, and at --resume as before"
+    )
     compile: str = option(
         "auto", "on: torch.compile; auto: on a GPU CUDA graphs to sample; off: neither", choices=("auto", "on", "off")
     )
@@ -137,6 +141,8 @@ class Config:
             if field.type is float:  # so that 1 and 1.0 are one run, with one name
                 object.__setattr__(self, field.name, float(getattr(self, field.name)))
         divergences.get(self.divergence)
+        if self.threads != "auto" and (not str(self.threads).isdecimal() or int(self.threads) < 1):
+            raise ValueError(f"--threads {str(self.threads)[:20]}: must be auto, or a whole number from 1 on")
         if self.digits == 1:
             raise ValueError("--digits 1: a problem is one column, so no held-out one is ever taught; give 2 or more")
         if self.top_k != Config.top_k and self.variance != "topk":
@@ -198,8 +204,11 @@ class Config:
         return GPTConfig(VOCAB_SIZE, self.prompt_length + self.response_cap, layers, n_embd=width)
 
     def run_key(self, resumed: bool = False) -> dict:
-        """Everything that determines a run, or what a run has to keep when it is resumed."""
-        left_out = ["out_dir", "resume", *(["steps", "eval_every", "device", "compile"] if resumed else [])]
+        """Everything that determines a run, or what a run has to keep when it is resumed.
+
+        But the number of threads, which decides the last bits only: folder.recorded_threads keeps it.
+        """
+        left_out = ["out_dir", "resume", "threads", *(["steps", "eval_every", "device", "compile"] if resumed else [])]
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
 
     @property
@@ -272,6 +281,9 @@ def parse(arguments: list[str] | None = None) -> Config:
         where = distributed.own_device(device.resolve(config.device))
     except ValueError as error:
         parser.error(f"--device {error}")
+    there = os.cpu_count() or 1
+    if config.threads != "auto" and int(config.threads) > there:
+        parser.error(f"--threads {config.threads[:20]}: this machine has {there} cores")
     if config.compile == "on" and not device.has_compiler(where):
         parser.error("--compile on: needs a C++ compiler, or Triton and a C compiler on a GPU, and Python's headers")
     if message := memory.shortage(config, where):

@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import torch
+
 from nano_opd import arithmetic, gpt, policy_gradient, rollout, sft, tokenizer
 from nano_opd.system import checkpoint, distributed, sources, streams
 from nano_opd.system.config import Config
@@ -112,7 +114,7 @@ def _nearest_run(cfg: Config) -> str:
     for checkpoint_file in Path(cfg.out_dir).glob("*/checkpoint.pt"):
         try:
             saved = json.loads(checkpoint_file.with_name("config.json").read_text(encoding="utf-8"))
-            other = Config(**{name: value for name, value in saved.items() if name != "code"})
+            other = Config(**{name: value for name, value in saved.items() if name not in ("code", "threads")})
             written = checkpoint_file.stat().st_mtime
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             continue
@@ -128,9 +130,33 @@ def _nearest_run(cfg: Config) -> str:
 
 
 def write_config(cfg: Config, code: Mapping[str, str]) -> None:
-    """Write config.json: the options of this run and, under "code", the digests of the code that trains it."""
-    text = json.dumps(dataclasses.asdict(cfg) | {"code": dict(code)}, indent=2)
+    """Write config.json: the options of this run, its number of threads, and the digests of the code that trains it."""
+    options = dataclasses.asdict(cfg) | {"threads": torch.get_num_threads()}
+    text = json.dumps(options | {"code": dict(code)}, indent=2)
     checkpoint.write_atomically(cfg.run_dir / "config.json", lambda file: file.write(text.encode()))
+
+
+def recorded_threads(cfg: Config) -> int | None:
+    """Return the number of threads of the run that is resumed; None for one that begins.
+
+    A run whose config.json names none was made with the number that PyTorch takes. Raises RunFolderError if --threads
+    gives another number, with which the run would go on to other last bits.
+    """
+    path = cfg.run_dir / "config.json"
+    if not (cfg.run_dir / "checkpoint.pt").exists():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "threads" not in saved:
+        return torch.get_num_threads() if cfg.threads == "auto" else int(cfg.threads)
+    number = saved["threads"]
+    if type(number) is not int or number < 1:
+        raise RunFolderError(f"{path} is not a run's configuration: delete it, or give another --out-dir")
+    if cfg.threads != "auto" and int(cfg.threads) != number:
+        raise RunFolderError(
+            f"{cfg.run_dir} was made with --threads {number}, and with {cfg.threads} it would go on to other bits: "
+            f"leave --threads out, or give another --out-dir"
+        )
+    return number
 
 
 @contextlib.contextmanager

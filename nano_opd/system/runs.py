@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nano_opd.gpt import GPT
-from nano_opd.system import checkpoint, distributed, folder
+from nano_opd.system import checkpoint, distributed, folder, threads
 from nano_opd.system.checks import NumericalFault, require_finite
 from nano_opd.system.config import Config
 from nano_opd.system.console import say
@@ -31,6 +31,7 @@ COLUMNS = (
     "step rollouts seconds accuracy greedy_accuracy kl entropy response_length truncated loss grad_norm clip_fraction "
     "leak_rate information_gap reward zero_groups weight_clip_fraction"
 ).split()
+SILENCE = 12  # seconds after which a warm start without a bar prints its next line
 
 
 class Interrupted(Exception):
@@ -71,6 +72,30 @@ class StopRequest:
             raise Interrupted
 
 
+class LinesOfProgress:
+    """What a warm start prints where no bar is shown: a line at the start, one now and then, and one at the end."""
+
+    def __init__(self, label: str, total: int):
+        self.label = label
+        self.total = total
+        self.done = 0
+        self.started = time.monotonic()
+        self.said = self.started
+        say(f"{label}: {total} updates")
+
+    def update(self) -> None:
+        """Count an update, and print a line if the last one is SILENCE seconds old."""
+        self.done += 1
+        now = time.monotonic()
+        if now - self.said >= SILENCE:
+            say(f"{self.label}: {self.done} of {self.total} updates after {now - self.started:.0f} s")
+            self.said = now
+
+    def end(self) -> None:
+        """Print how long it took."""
+        say(f"{self.label}: done after {time.monotonic() - self.started:.0f} s")
+
+
 class Run:
     """One run: its configuration, its code, its device, its step, and the rows of metrics.csv so far."""
 
@@ -92,16 +117,34 @@ class Run:
             except OSError as error:  # another user's folder
                 raise checkpoint.CheckpointError(f"{path} cannot be read ({error.strerror})") from error
             if there:
-                checkpoint.load(path, key, self.device, {"model": model})
+                state = checkpoint.load(path, key, self.device, {"model": model})
+                self._say_if_made_with_other_threads(who, state.get("threads"))
                 return model
             with self._bar(f"{who} warm start", key["steps"]) as bar:
+                lines = LinesOfProgress(f"{who} warm start", key["steps"]) if bar.disable else None
                 for _ in train(self.cfg, who, model):
                     bar.update()
+                    if lines:
+                        lines.update()
                     self.stop.check()
+                if lines:
+                    lines.end()
             for weight in model.parameters():
                 require_finite(f"warm start of the {who}", weight, "--sft-lr is too high")
-            checkpoint.save(path, key, {"model": model.state_dict()})
+            checkpoint.save(path, key, {"model": model.state_dict(), "threads": torch.get_num_threads()})
             return model
+
+    def _say_if_made_with_other_threads(self, who: str, number: int | None) -> None:
+        """Print a line if a warm start was made with another number of threads; it is taken as it is.
+
+        Training it again in a busy hour would change what the next run with the same seed starts from.
+        """
+        now = torch.get_num_threads()
+        if self.device.type == "cpu" and number not in (None, now):
+            say(
+                f"the {who}'s warm start was made with --threads {number} and is taken as it is; "
+                f"training it again with {now} would change its last bits"
+            )
 
     def steps(self, parts: dict[str, nn.Module | torch.optim.Optimizer]) -> Iterator[int]:
         """Steps 0 … --steps, or those after the last checkpoint; no update follows the last one.
@@ -118,11 +161,18 @@ class Run:
                 raise folder.RunFolderError(
                     f"{self.cfg.run_dir} has made {state['step']} updates: give --steps as many or more"
                 )
+            made_with = state.get("threads", torch.get_num_threads())  # a run from before it was recorded has none
+            if made_with != torch.get_num_threads():
+                raise folder.RunFolderError(
+                    f"{path} was made with {made_with} threads, not {torch.get_num_threads()}: "
+                    f"add --threads {made_with}, and delete config.json if it names another number"
+                )
             first, self.started = state["step"], self.started - state["seconds"]
             self.rows = state["rows"][:first]  # the row of the step itself is measured again
         if distributed.rank() == 0:
             # Not before the checkpoint is known to be this run's. --steps may be others.
             folder.write_config(self.cfg, self.code)
+        self.watch = threads.Watch(self.cfg, self.device)
         with self._bar(self.cfg.run_dir.name, self.cfg.steps) as self.bar:
             self.bar.update(first)
             for step in range(first, self.cfg.steps + 1):
@@ -153,6 +203,10 @@ class Run:
         if self.bar.disable:
             say(f"step {self.step:5d} {self.seconds:7.1f} s  {shown}")
         self._save(self.step)
+        if slow := self.watch.look():
+            self.bar.clear()
+            say(slow)
+            self.bar.refresh()
 
     def _save(self, step: int) -> None:
         """checkpoint.pt, then metrics.csv from its rows, each whole or as it was; rank 0 writes them."""
@@ -162,6 +216,7 @@ class Run:
         state = {"step": step, "seconds": time.monotonic() - self.started, "rows": self.rows} | states
         if not os.path.exists(self.cfg.run_dir / "config.json"):  # somebody has deleted it, or the folder
             folder.write_config(self.cfg, self.code)
+        state["threads"] = torch.get_num_threads()
         checkpoint.save(self.cfg.run_dir / "checkpoint.pt", self.cfg.run_key() | self.code, state)
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -194,9 +249,11 @@ def start(cfg: Config, code: Mapping[str, str]) -> Iterator[Run]:
         with StopRequest() as stop, distributed.group(device), folder.claim(cfg, code):
             keep_freed_memory()
             folder.say_if_nothing_is_resumed(cfg)
-            run = Run(cfg, code, device, stop)
-            yield run
-            stop.check()  # a signal after the last update
+            recorded = folder.recorded_threads(cfg) if distributed.rank() == 0 else None
+            with threads.chosen(cfg, device, recorded):
+                run = Run(cfg, code, device, stop)
+                yield run
+                stop.check()  # a signal after the last update
     except (checkpoint.CheckpointError, checkpoint.WriteError, folder.RunFolderError) as error:
         end(2, str(error))
     except NumericalFault as error:
