@@ -398,6 +398,9 @@ OF_A_RUN = {
             "wires_held: epoch_is_clipped",
         ),
         ('f"{who} solutions"', '"solutions"', "wires_held: different_problems"),
+        ('"evaluation", step, run', '"evaluation", 0, run', "wires_held: numbers_of_its_own"),
+        ('["blank"] * len(arithmetic.REFERENCES)', '["blank"]', "wires_held: as_many_blank"),
+        ('numpy_stream(cfg.seed, f"{who} views")', 'numpy_stream(0, f"{who} views")', "wires_held: as_many_blank"),
     ],
     "methods.py": [
         (
@@ -406,6 +409,8 @@ OF_A_RUN = {
             "wires_held: every_gamma",
         ),
     ],
+    "gpt.py": [('(2 if "blocks" in name else 1)', "1", "wires_held: gain_of_two")],
+    "evaluate.py": [('"truncated": rollout.', '"truncated": greedy.', "wires_held: of_the_sampled_answers")],
     "sft.py": [
         ("betas=(0.9, 0.95)", "betas=(0.9, 0.999)", "wires_held: betas"),
         ("betas=(0.9, 0.95)", "betas=(0.8, 0.95)", "wires_held: betas"),
@@ -414,6 +419,7 @@ OF_A_RUN = {
     "system/config.py": [
         ("solution_length(self.digits) + 5", "solution_length(self.digits) + 4", "wires_held: five_tokens_more"),
         ("solution_length(self.digits) + 5", "solution_length(self.digits) + 6", "wires_held: five_tokens_more"),
+        ('getattr(self, f"{who}_layers")', "self.teacher_layers", "wires_held: that_were_asked_for"),
     ],
     "system/runs.py": [
         (
@@ -426,6 +432,11 @@ OF_A_RUN = {
             '{"seconds": round(time.monotonic() - self.started, 3)}',
             "wires_held: clock_of_a_row",
         ),
+        ('"seconds": time.monotonic() - self.started,', '"seconds": self.seconds,', "wires_held: clock_of_a_resumed"),
+        ("self.bar.update(first)", "pass", "wires_held: bar_of_a_resumed"),
+        ('"accuracy {accuracy:.3f}', '"accuracy {greedy_accuracy:.3f}', "wires_held: under_its_own_label"),
+        ('f"{who} weights"', '"weights"', "wires_held: of_one_size"),
+        ("self.stop.check()\n            for", "pass\n            for", "wires_held: ends_a_warm_start"),
     ],
     "system/report.py": [
         (
@@ -439,6 +450,15 @@ OF_A_RUN = {
         ('("leak_rate", "answers', '("information_gap", "answers', "wires_held: under_its_own_label"),
         ("(problems[i], texts[0][i])", "(problems[i], texts[1][i])", "wires_held: first_broken_step"),
         ("(problems[i], texts[0][i])", "(problems[i], texts[0][0])", "wires_held: first_broken_step"),
+        ("{end['seconds']:.0f}", "{start['seconds']:.0f}", "wires_held: clock_of_a_row"),
+        ("of {cfg.batch_size} rollouts", "of {cfg.eval_size} rollouts", "wires_held: clock_of_a_row"),
+        ('("kl", BLUE, ', '("entropy", BLUE, ', "wires_held: curves_of_a_run"),
+        ('GREEN, "student entropy"', 'GREEN, "KL(student‖teacher)"', "wires_held: curves_of_a_run"),
+        (
+            "problems, generator) for _",
+            'problems, torch_stream(cfg.seed, "answers", device=run.device)) for _',
+            "wires_held: one_after_the_other",
+        ),
         ("key=right.__getitem__)", "key=right.__getitem__, reverse=True)", "wires_held: wrong_answers_first"),
         (
             "training_curves(run.rows, cfg.eval_size",

@@ -4,10 +4,14 @@ Most tests make one tiny run through `train.main` and read what it leaves: metri
 """
 
 import csv
+import itertools
 import re
+import signal
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -16,9 +20,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import train
 from nano_opd import arithmetic, sft
-from nano_opd.evaluate import wilson
+from nano_opd.evaluate import evaluate, wilson
+from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.methods import METHODS
-from nano_opd.rollout import Rollout
+from nano_opd.rollout import Rollout, sample
 from nano_opd.system import checkpoint, config, folder, report
 from nano_opd.tokenizer import EOS, PAD, decode, encode
 
@@ -63,6 +68,42 @@ def problem_of(prompt: str) -> arithmetic.Problem:
     return arithmetic.Problem(task, 2, int(a), int(b))
 
 
+def worked(problem: arithmetic.Problem, broken: int | None) -> str:
+    """Return the worked solution; or one that is wrong in the step of this number first, and in its answer."""
+    steps = arithmetic.steps(problem)
+    if broken is None:
+        return "".join(steps)
+    for n in {broken, len(steps) - 1}:
+        text = steps[n].rstrip()
+        digit = (int(text[-1]) + 1) % 10
+        steps[n] = steps[n].replace(text, f"{text[:-1]}{digit}")
+    return "".join(steps)
+
+
+class Script:
+    """A sampler that writes worked solutions for both models, and breaks a step of some.
+
+    right   maps the width of a model, the number of its call and the row of a response to whether it is right
+    """
+
+    def __init__(self, right):
+        self.right = right
+        self.asked = {STUDENT_WIDTH: [], TEACHER_WIDTH: []}  # the problems of each call
+
+    def __call__(self, model, prompts, max_new_tokens, generator=None, greedy=False) -> Rollout:
+        width = model.config.n_embd
+        call = len(self.asked[width])
+        problems = [problem_of(decode(prompt)) for prompt in prompts.tolist()]
+        self.asked[width].append(problems)
+        tokens = prompts.new_full((len(prompts), max_new_tokens), PAD)
+        for row, problem in enumerate(problems):
+            broken = None if self.right(width, call, row) else (row + call) % 3
+            text = encode(worked(problem, broken)) + [EOS]
+            tokens[row, : len(text)] = torch.tensor(text)
+        mask = tokens != PAD
+        return Rollout(torch.cat([prompts, tokens], 1), prompts.shape[1], mask, torch.zeros(mask.shape))
+
+
 # ----------------------------------------------------------------------------------------------------- what is counted
 
 
@@ -71,8 +112,9 @@ def test_an_update_counts_its_rollouts_once_however_many_epochs_it_has(tmp_path)
     assert column(run_dir, "rollouts") == ["0", "8", "16"]
 
 
-def test_the_clock_of_a_row_is_read_before_its_evaluation(tmp_path, monkeypatch):
-    """An evaluation takes 100 seconds and an update 1: row n has n of each behind it."""
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock in a list by which an evaluation takes 100 seconds and an update 1."""
     clock = [0.0]
     update = train.update
     evaluate = train.evaluate
@@ -88,8 +130,54 @@ def test_the_clock_of_a_row_is_read_before_its_evaluation(tmp_path, monkeypatch)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(train, "update", update_of_a_second)
     monkeypatch.setattr(train, "evaluate", long_evaluation)
+    return clock
+
+
+def test_the_clock_of_a_row_is_read_before_its_evaluation(clock, tmp_path, capsys):
+    """Row n has n evaluations and n updates behind it; the report names the last row's."""
     run_dir = run(tmp_path, "--eval-every", "1")
     assert [float(seconds) for seconds in column(run_dir, "seconds")] == [0, 101, 202]
+    assert ": 2 updates of 4 rollouts in 202 s" in capsys.readouterr().out
+
+
+def test_the_clock_of_a_resumed_run_has_counted_all_that_was_done_before(clock, tmp_path):
+    """Three evaluations and two updates; what passes between the two commands is not counted."""
+    run(tmp_path, "--eval-every", "1")
+    clock[0] += 10_000
+    run_dir = run(tmp_path, "--eval-every", "1", "--steps", "3", "--resume")
+    assert [float(seconds) for seconds in column(run_dir, "seconds")] == [0, 101, 302, 403]
+
+
+def test_the_bar_of_a_resumed_run_starts_at_its_step_and_ends_at_the_last(tmp_path, monkeypatch, capsys):
+    run(tmp_path)
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run(tmp_path, "--steps", "4", "--resume")
+    assert re.findall(r"(\d)/4", capsys.readouterr().err)[-1] == "4"
+
+
+def test_every_evaluation_draws_numbers_of_its_own(tmp_path):
+    """At a learning rate of 0 steps 1 to 4 evaluate one student on the same problems."""
+    run_dir = run(tmp_path, *"--lr 0 --steps 5 --eval-every 1 --eval-size 20".split())
+    assert len(set(column(run_dir, "entropy")[1:5])) == 4
+
+
+def test_what_is_said_of_an_evaluation_is_of_the_sampled_answers(tmp_path):
+    """The sampled answers are worked solutions, and the greedy ones never end."""
+    problems = arithmetic.sample_problems("add", 2, 5, np.random.default_rng(0))
+    cfg = config.parse(TINY)
+    model = GPT(cfg.gpt("student"))
+
+    def sample(model, prompts, max_new_tokens, generator=None, greedy=False):
+        rollout = Script(lambda *_: True)(model, prompts, max_new_tokens)
+        if greedy:
+            rollout.tokens[:, cfg.prompt_length :] = encode("1")[0]
+            rollout.mask[:] = True
+        return rollout
+
+    measured = evaluate(model, model, problems, cfg.response_cap, torch.Generator(), sample=sample)
+    assert (measured["accuracy"], measured["greedy_accuracy"], measured["truncated"]) == (1, 0, 0)
+    assert measured["response_length"] == cfg.response_cap - 5
 
 
 @pytest.mark.parametrize("task", [*arithmetic.TASKS, "mix"])
@@ -184,6 +272,74 @@ def test_teacher_and_student_learn_from_different_problems(tmp_path, monkeypatch
     assert len(student) == len(teacher) == 16 and not set(student) & set(teacher)
 
 
+@pytest.fixture
+def views_of_a_warm_start(tmp_path, monkeypatch):
+    """A function from a seed to the references that the warm start of a self-teacher reads."""
+
+    def views(seed: int) -> list[str]:
+        noted = []
+
+        def note(model, problems, batch_size, lr, styles):
+            noted.extend(styles)
+            return iter(())
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sft, "train", note)
+            run(tmp_path, *f"--method rlsd --student-steps 100 --seed {seed}".split())
+        return noted
+
+    return views
+
+
+def test_a_self_teacher_starts_from_as_many_blank_prompts_as_prompts_with_a_reference(views_of_a_warm_start):
+    views = views_of_a_warm_start(0)
+    assert len(views) == 800
+    shares = {view: views.count(view) / len(views) for view in set(views)}
+    assert shares == pytest.approx({"blank": 0.5, "work": 0.25, "cite": 0.25}, abs=0.07)  # four standard errors
+    assert views != views_of_a_warm_start(1)
+
+
+def test_teacher_and_student_of_one_size_begin_with_different_weights(tmp_path):
+    one_size = f"--teacher-width {STUDENT_WIDTH} --teacher-steps 0 --student-steps 0".split()
+    assert float(column(run(tmp_path, *one_size), "kl")[0]) > 0.01
+
+
+def test_teacher_and_student_have_the_sizes_that_were_asked_for():
+    cfg = config.parse("--teacher-layers 1 --teacher-width 16 --student-layers 4 --student-width 8".split())
+    sizes = {who: (cfg.gpt(who).n_layer, cfg.gpt(who).n_embd) for who in ("teacher", "student")}
+    assert sizes == {"teacher": (1, 16), "student": (4, 8)}
+
+
+def test_a_block_starts_as_the_identity_and_reads_its_input_with_a_gain_of_two():
+    """The weights W of a block that read a normalised x of C channels have a standard deviation of 2/√C."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 16, n_layer=2, n_embd=64))
+    x = torch.randn(4, 16, 64)
+    x = (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True)
+    for block in model.blocks:
+        assert torch.equal(block(x, model.mask, None, slice(16)), x)
+        for layer in (block.qkv, block.mlp_in):
+            assert layer(x).std().item() == pytest.approx(2, rel=0.1)
+
+
+def test_a_signal_ends_a_warm_start_at_once_and_nothing_of_it_is_kept(tmp_path, monkeypatch, capsys):
+    sft_train = sft.train
+    updates = []
+
+    def interrupted(*arguments):
+        for _ in sft_train(*arguments):
+            updates.append(None)
+            if len(updates) == 2:
+                signal.raise_signal(signal.SIGTERM)
+            yield
+
+    monkeypatch.setattr(sft, "train", interrupted)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "--student-steps", "9")
+    assert end.value.code == 143 and len(updates) == 2
+    assert not list(tmp_path.rglob("*.pt"))
+
+
 # ------------------------------------------------------------------------------------------------- what the report says
 
 MEASURED = {  # (at the start, in the middle, at the end); proportions are such of 20, 5 and 20 problems
@@ -228,6 +384,10 @@ def test_the_report_says_each_measurement_at_the_start_and_the_end_under_its_own
 ):
     run(tmp_path, "--method", method, "--eval-every", "1")
     said = capsys.readouterr().out
+    for step in range(3):
+        accuracy = MEASURED["accuracy"][step]
+        kl = MEASURED["kl"][step]
+        assert re.search(rf"^step +{step} .* accuracy {accuracy:.3f}  kl {kl:.3f}$", said, re.MULTILINE)
     for label, name in {"accuracy, sampled": "accuracy", "accuracy, greedy": "greedy_accuracy"}.items():
         start, _, end = MEASURED[name]
         wanted = f"{with_interval(start, 20)} → {with_interval(end, 20)}"
@@ -242,7 +402,12 @@ def test_the_report_says_each_measurement_at_the_start_and_the_end_under_its_own
 def test_the_curves_of_a_run_have_the_intervals_of_as_many_problems_as_were_evaluated(measured, figures, tmp_path):
     run_dir = run(tmp_path, "--eval-every", "1")
     (figure,) = figures
-    accuracy, _, length, _ = figure.axes
+    accuracy, nats, length, _ = figure.axes
+    labels = {"sampled": "accuracy", "greedy": "greedy_accuracy"}
+    labels |= {"KL(student‖teacher)": "kl", "student entropy": "entropy"}
+    for line in [*accuracy.lines, *nats.lines]:
+        assert tuple(line.get_ydata()) == MEASURED[labels.pop(line.get_label())]
+    assert not labels
     for band, name in zip(accuracy.collections, ["accuracy", "greedy_accuracy"], strict=True):
         for step, problems in [(0, 20), (1, 5), (2, 20)]:
             at_step = [y for x, y in band.get_paths()[0].vertices if x == step]
@@ -253,40 +418,21 @@ def test_the_curves_of_a_run_have_the_intervals_of_as_many_problems_as_were_eval
     assert figure.get_suptitle() == run_dir.name
 
 
-def worked(problem: arithmetic.Problem, broken: int | None) -> str:
-    """Return the worked solution; or one that is wrong in the step of this number first, and in its answer."""
-    steps = arithmetic.steps(problem)
-    if broken is None:
-        return "".join(steps)
-    for n in {broken, len(steps) - 1}:
-        text = steps[n].rstrip()
-        digit = (int(text[-1]) + 1) % 10
-        steps[n] = steps[n].replace(text, f"{text[:-1]}{digit}")
-    return "".join(steps)
+def test_the_four_tries_at_a_problem_are_drawn_one_after_the_other(tmp_path, monkeypatch):
+    """Else pass@4 would be the accuracy."""
+    tries = []
 
+    def noted(model, *arguments):
+        rollout = sample(model, *arguments)
+        if model.config.n_embd == STUDENT_WIDTH:
+            tries.append(rollout.responses)
+        return rollout
 
-class Script:
-    """A sampler that writes worked solutions for both models, and breaks a step of some.
-
-    right   maps the width of a model, the number of its call and the row of a response to whether it is right
-    """
-
-    def __init__(self, right):
-        self.right = right
-        self.asked = {STUDENT_WIDTH: [], TEACHER_WIDTH: []}  # the problems of each call
-
-    def __call__(self, model, prompts, max_new_tokens, generator=None, greedy=False) -> Rollout:
-        width = model.config.n_embd
-        call = len(self.asked[width])
-        problems = [problem_of(decode(prompt)) for prompt in prompts.tolist()]
-        self.asked[width].append(problems)
-        tokens = prompts.new_full((len(prompts), max_new_tokens), PAD)
-        for row, problem in enumerate(problems):
-            broken = None if self.right(width, call, row) else (row + call) % 3
-            text = encode(worked(problem, broken)) + [EOS]
-            tokens[row, : len(text)] = torch.tensor(text)
-        mask = tokens != PAD
-        return Rollout(torch.cat([prompts, tokens], 1), prompts.shape[1], mask, torch.zeros(mask.shape))
+    monkeypatch.setattr(report, "sampler", lambda *_, **__: noted)
+    run(tmp_path)
+    assert len(tries) == 4
+    for first, second in itertools.combinations(tries, 2):
+        assert (first != second).any(1).float().mean() > 0.8
 
 
 def scripted(monkeypatch, right) -> Script:
