@@ -1,4 +1,11 @@
-"""Shared by the tests: one thread, so that workers do not fight for the cores; a compiler or a skip; a random model."""
+"""Shared by the tests: one thread, so that workers do not fight for the cores; a compiler or a skip; a random model;
+processes that are waited for, and never for ever.
+"""
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 
 import os
 
@@ -23,6 +30,25 @@ def new_model(block_size, **sizes):
     with torch.no_grad():
         model.embedding.weight[EOS] *= 2.0
     return model
+
+
+@contextlib.contextmanager
+def started(command: list[str], **options) -> Iterator[subprocess.Popen]:
+    """Start a process that does not outlive the `with`, even if the test fails while the process still runs."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # nothing happens if it has ended
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait until the condition holds. Raises AssertionError if the process ends first or the time is up."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None or condition(), f"it has ended with exit code {process.returncode}"
+        assert time.monotonic() < deadline, f"still waiting after {seconds} seconds"
+        time.sleep(0.005)
 
 
 @pytest.fixture

@@ -388,7 +388,109 @@ MUTATIONS = {
         ),
     ],
 }
-CASES = [(file, *mutation) for file, mutations in MUTATIONS.items() for mutation in mutations]
+
+# What a run counts, trains with, reports and keeps
+OF_A_RUN = {
+    "../train.py": [
+        (
+            'cfg.grad_clip or float("inf")',
+            '(cfg.grad_clip if epoch == 0 else 0) or float("inf")',
+            "wires_held: epoch_is_clipped",
+        ),
+        ('f"{who} solutions"', '"solutions"', "wires_held: different_problems"),
+        ('"evaluation", step, run', '"evaluation", 0, run', "wires_held: numbers_of_its_own"),
+        ('["blank"] * len(arithmetic.REFERENCES)', '["blank"]', "wires_held: as_many_blank"),
+        ('numpy_stream(cfg.seed, f"{who} views")', 'numpy_stream(0, f"{who} views")', "wires_held: as_many_blank"),
+    ],
+    "methods.py": [
+        (
+            "s.mask, f, gamma, baseline)",
+            "s.mask, f, gamma if baseline is None else 0.0, baseline)",
+            "wires_held: every_gamma",
+        ),
+    ],
+    "gpt.py": [('(2 if "blocks" in name else 1)', "1", "wires_held: gain_of_two")],
+    "evaluate.py": [('"truncated": rollout.', '"truncated": greedy.', "wires_held: of_the_sampled_answers")],
+    "sft.py": [
+        ("betas=(0.9, 0.95)", "betas=(0.9, 0.999)", "wires_held: betas"),
+        ("betas=(0.9, 0.95)", "betas=(0.8, 0.95)", "wires_held: betas"),
+        ("weight_decay=0.0", "weight_decay=0.01", "wires_held: betas"),
+    ],
+    "system/config.py": [
+        ("solution_length(self.digits) + 5", "solution_length(self.digits) + 4", "wires_held: five_tokens_more"),
+        ("solution_length(self.digits) + 5", "solution_length(self.digits) + 6", "wires_held: five_tokens_more"),
+        ('getattr(self, f"{who}_layers")', "self.teacher_layers", "wires_held: that_were_asked_for"),
+    ],
+    "system/runs.py": [
+        (
+            "step * self.cfg.batch_size}",
+            "step * self.cfg.batch_size * self.cfg.epochs}",
+            "wires_held: counts_its_rollouts",
+        ),
+        (
+            '{"seconds": round(self.seconds, 3)}',
+            '{"seconds": round(time.monotonic() - self.started, 3)}',
+            "wires_held: clock_of_a_row",
+        ),
+        ('"seconds": time.monotonic() - self.started,', '"seconds": self.seconds,', "wires_held: clock_of_a_resumed"),
+        ("self.bar.update(first)", "pass", "wires_held: bar_of_a_resumed"),
+        ('"accuracy {accuracy:.3f}', '"accuracy {greedy_accuracy:.3f}', "wires_held: under_its_own_label"),
+        ('f"{who} weights"', '"weights"', "wires_held: of_one_size"),
+        ("self.stop.check()\n            for", "pass\n            for", "wires_held: ends_a_warm_start"),
+    ],
+    "system/report.py": [
+        (
+            "wilson(round(p * len(problems)), len(problems))",
+            "wilson(round(p * cfg.eval_size), cfg.eval_size)",
+            "wires_held: under_its_own_label",
+        ),
+        ("run.rows[0], run.rows[-1]", "run.rows[-1], run.rows[0]", "wires_held: under_its_own_label"),
+        ('("kl", "KL to', '("entropy", "KL to', "wires_held: under_its_own_label"),
+        ('("greedy_accuracy", "acc', '("accuracy", "acc', "wires_held: under_its_own_label"),
+        ('("leak_rate", "answers', '("information_gap", "answers', "wires_held: under_its_own_label"),
+        ("(problems[i], texts[0][i])", "(problems[i], texts[1][i])", "wires_held: first_broken_step"),
+        ("(problems[i], texts[0][i])", "(problems[i], texts[0][0])", "wires_held: first_broken_step"),
+        ("{end['seconds']:.0f}", "{start['seconds']:.0f}", "wires_held: clock_of_a_row"),
+        ("of {cfg.batch_size} rollouts", "of {cfg.eval_size} rollouts", "wires_held: clock_of_a_row"),
+        ('("kl", BLUE, ', '("entropy", BLUE, ', "wires_held: curves_of_a_run"),
+        ('GREEN, "student entropy"', 'GREEN, "KL(student‖teacher)"', "wires_held: curves_of_a_run"),
+        (
+            "problems, generator) for _",
+            'problems, torch_stream(cfg.seed, "answers", device=run.device)) for _',
+            "wires_held: one_after_the_other",
+        ),
+        ("key=right.__getitem__)", "key=right.__getitem__, reverse=True)", "wires_held: wrong_answers_first"),
+        (
+            "training_curves(run.rows, cfg.eval_size",
+            "training_curves(run.rows, cfg.batch_size",
+            "wires_held: curves_of_a_run",
+        ),
+        ("right.mean() < 0.9", "right.mean() < 0.85", "wires_held: teacher_is_weak"),
+        ("right.mean() < 0.9", "right.mean() < 0.95", "wires_held: teacher_is_weak"),
+        ('"teacher check", 500, held_out=True', '"teacher check", 500', "wires_held: teacher_is_weak"),
+        ('"teacher check", 500, held_out=True', '"teacher check", 50, held_out=True', "wires_held: teacher_is_weak"),
+    ],
+    "system/checkpoint.py": [
+        ('f"{name!r}: {digest(value)}"', "digest(value)", "wires_held: exchanged_their_names"),
+    ],
+    "system/folder.py": [
+        (
+            """    with _locked(cfg.run_dir):
+        for litter in cfg.run_dir.glob(".*.tmp"):  # a process that was killed while it wrote
+            if litter.is_file():
+                litter.unlink(missing_ok=True)
+""",
+            """    for litter in cfg.run_dir.glob(".*.tmp"):
+        litter.unlink(missing_ok=True)
+    with _locked(cfg.run_dir):
+""",
+            "wires_held: refused_a_folder",
+        ),
+    ],
+}
+CASES = [
+    (file, *mutation) for table in (MUTATIONS, OF_A_RUN) for file, mutations in table.items() for mutation in mutations
+]
 
 
 def run_suite(package_parent: str, file: str, expression: str) -> None:

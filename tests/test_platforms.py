@@ -8,12 +8,12 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
 import bench
 import numpy as np
 import pytest
 import torch
+from conftest import started, wait_until
 from test_train import ROOT, command, refused, run
 
 import train
@@ -101,7 +101,7 @@ def test_every_file_is_opened_with_an_encoding():
 def test_a_run_goes_on_when_no_one_reads_what_it_says(closed, tmp_path):
     program = command(tmp_path, "--steps", "4")
     out = subprocess.PIPE if closed == "a pipe that closes" else open("/dev/full", "w", encoding="utf-8")
-    with subprocess.Popen(program, stdout=out, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+    with started(program, stdout=out, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
         if closed == "a pipe that closes":
             process.stdout.close()
         else:
@@ -140,10 +140,8 @@ def test_a_closed_terminal_loses_no_update_unless_it_is_to_be_ignored(tmp_path):
         steps = "40" if ignored else "100000"
         start = lambda ignored=ignored: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
         program = command(out, "--steps", steps)
-        with subprocess.Popen(program, stderr=subprocess.PIPE, stdout=-3, env=ENVIRONMENT, preexec_fn=start) as process:
-            while not [*out.glob("*/metrics.csv")]:
-                assert process.poll() is None
-                time.sleep(0.01)
+        with started(program, stderr=subprocess.PIPE, stdout=-3, env=ENVIRONMENT, preexec_fn=start) as process:
+            wait_until(lambda out=out: [*out.glob("*/metrics.csv")], process)
             process.send_signal(signal.SIGHUP)
             _, error = process.communicate(timeout=120)
         assert process.returncode == (0 if ignored else 129) and (b"--resume continues" in error) != ignored
@@ -153,22 +151,35 @@ def test_a_closed_terminal_loses_no_update_unless_it_is_to_be_ignored(tmp_path):
         assert state["step"] == (40 if ignored else len(state["rows"])) and b"Traceback" not in error
 
 
-def test_signals_are_as_before_after_a_run_and_a_second_one_acts_as_it_did(tmp_path, monkeypatch):
-    """In a notebook it is Python's KeyboardInterrupt, which the kernel survives."""
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["a notebook", "a shell's background job"])
+def ctrl_c(request):
+    """What Ctrl-C does before a run. The tests themselves may be a background job, where Python leaves it ignored."""
+    of_the_tests = signal.signal(signal.SIGINT, request.param)
+    yield request.param
+    signal.signal(signal.SIGINT, of_the_tests)
+
+
+def test_signals_are_as_before_after_a_run_and_a_second_one_acts_as_it_did(ctrl_c, tmp_path, monkeypatch, capsys):
+    """In a notebook it is Python's KeyboardInterrupt, which the kernel survives; a background job goes on."""
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers]
+    assert before[0] == ctrl_c
     run(tmp_path, "--steps", "1")
     assert [signal.getsignal(number) for number in numbers] == before
+    update = train.update
 
-    def twice(*_):
+    def interrupted_twice(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
+        return update(*arguments)
 
-    monkeypatch.setattr(train, "update", twice)
+    monkeypatch.setattr(train, "update", interrupted_twice)
     with pytest.raises(SystemExit) as end:
         run(tmp_path, "--seed", "1")
     assert end.value.code == 130 and [signal.getsignal(number) for number in numbers] == before
+    said = capsys.readouterr().err
+    assert ("train.py: stopped at once;" in said) == (ctrl_c != signal.SIG_IGN)
+    assert ("train.py: stopped;" in said) == (ctrl_c == signal.SIG_IGN)  # after the step
 
 
 @pytest.mark.parametrize(

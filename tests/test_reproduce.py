@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import figures
 import pytest
 import reproduce
+from conftest import wait_until
 
 import train
 from nano_opd.system import config
@@ -210,9 +210,7 @@ if __name__ == "__main__":
     command = [sys.executable, str(tmp_path / "start.py")]
     with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE) as process:
         try:
-            while not begun():
-                assert process.poll() is None
-                time.sleep(0.1)
+            wait_until(begun, process)
             os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the driver and its processes
             _, said = process.communicate(timeout=120)
         finally:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import started, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -258,16 +259,23 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(finished, tmp_path)
     """SIGKILL once the first checkpoint is there and the run is under way, twice; then to the end."""
     run_dir = tmp_path / finished.name
     for pause in (0.02, 0.10):
-        process = subprocess.Popen(
-            command(tmp_path, "--resume"), stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        while process.poll() is None and not (run_dir / "checkpoint.pt").exists():
-            time.sleep(0.005)
-        time.sleep(pause)
-        process.kill()
-        process.wait()
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with started(command(tmp_path, "--resume"), stdout=subprocess.DEVNULL, env=environment) as process:
+            wait_until((run_dir / "checkpoint.pt").exists, process)
+            time.sleep(pause)  # at the end of the `with` it is killed
     run(tmp_path, "--resume")
     assert same(finished, run_dir)
+
+
+def test_waiting_for_a_process_ends_when_it_has_ended_or_time_is_up():
+    """Else a run that fails before it writes what a test waits for would hold up the tests for ever."""
+    with started([sys.executable, "-c", "raise SystemExit(3)"]) as process:
+        with pytest.raises(AssertionError, match="ended with exit code 3"):
+            wait_until(lambda: False, process)
+    with started([sys.executable, "-c", "import time; time.sleep(600)"]) as process:
+        with pytest.raises(AssertionError, match="still waiting after 0.1 seconds"):
+            wait_until(lambda: False, process, seconds=0.1)
+    assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN], ids=["default", "a shell's background job"])
@@ -275,11 +283,11 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(finished, tmp_path)
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_continue(finished, tmp_path, number, code, before):
     run_dir = tmp_path / finished.name
     long, start = command(tmp_path, "--steps", "100000"), lambda: signal.signal(number, before)
-    process = subprocess.Popen(long, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=start)
-    while not (run_dir / "metrics.csv").exists():
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with started(long, **pipes, preexec_fn=start) as process:
+        wait_until((run_dir / "metrics.csv").exists, process)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == code and "--resume" in error and "Traceback" not in error
     rows = metrics(run_dir)
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)["state"]
