@@ -3,11 +3,10 @@ processes that are waited for, and never for ever.
 """
 
 import contextlib
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-
-import os
 
 import pytest
 import torch
