@@ -17,18 +17,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nano_opd import arithmetic, opsd, sft
-from nano_opd.evaluate import evaluate, rewards
+from nano_opd.arithmetic import rewards
+from nano_opd.evaluate import evaluate
 from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS, Scored
 from nano_opd.rollout import score
+from nano_opd.streams import numpy_stream, torch_stream
 from nano_opd.system import runs, sources
+from nano_opd.system.batches import draw_batch, draw_problems
 from nano_opd.system.config import Config, parse
 from nano_opd.system.console import accept_any_text
 from nano_opd.system.device import compiled, precision
 from nano_opd.system.distributed import replicate, require_finite
 from nano_opd.system.fast_rollout import sampler
 from nano_opd.system.report import report, warn_of_a_weak_teacher
-from nano_opd.system.streams import draw_batch, draw_problems, numpy_stream, torch_stream
 
 CODE = sources.digests(__file__)  # so that an edited method does not go on with what the old one has made
 

@@ -19,10 +19,14 @@ the teacher says depends on something that the problem does not determine.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from nano_opd.tokenizer import decode, encode
 
 HELD_OUT_FRACTION = 0.1
 MAX_DIGITS = 8
@@ -234,3 +238,46 @@ def first_broken_step(problem: Problem, response: str) -> str | None:
         if written != expected:
             return f"{'answer' if is_answer else f'column {n}'}: wrote {written!r}, should be {expected!r}"
     return None
+
+
+# ---------------------------------------------------------------------------------------------------- as tensors
+
+
+def prompts_of(
+    problems: list[Problem], device: torch.device | str = "cpu", slots: Sequence[str] | None = None
+) -> Tensor:
+    """The problems' prompts as tokens, (B, P) int64; with `slots`, what stands in each one's reference slot.
+
+    Raises ValueError for prompts of several lengths: a padded prompt would shift the positions of its response.
+    """
+    slots = [None] * len(problems) if slots is None else slots
+    prompts = [encode(prompt(p, slot)) for p, slot in zip(problems, slots, strict=True)]
+    if len(lengths := {len(p) for p in prompts}) != 1:
+        raise ValueError(f"prompts of one batch must all have the same length, not {sorted(lengths) or 'no prompt'}")
+    return torch.tensor(prompts, device=device)
+
+
+def slots_of(problems: list[Problem], style: str) -> list[str]:
+    """Every problem's reference of one style; "blank" is what the student reads."""
+    return [reference(p, style) for p in problems]
+
+
+def response_texts(rollout) -> list[str]:
+    """Each response up to its EOS."""
+    return [decode(row) for row in rollout.responses.tolist()]
+
+
+def rewards(problems: list[Problem], rollout) -> Tensor:
+    """(B,) float32, 1 for a verified answer that ended in EOS, else 0.
+
+    Raises ValueError unless there is one problem for each response, and at least one.
+    """
+    if not problems or len(problems) != len(rollout.tokens):
+        raise ValueError(f"rewards need one problem for each response, not {len(problems)} for {len(rollout.tokens)}")
+    right = [verify(p, text) for p, text in zip(problems, response_texts(rollout), strict=True)]
+    return (torch.tensor(right, device=rollout.tokens.device) & ~rollout.truncated).float()
+
+
+def reasoning_span(responses: Tensor) -> Tensor:
+    """(B, R) bool: the tokens of the responses (B, R) before the answer's mark."""
+    return (responses == encode("#")[0]).cumsum(1) == 0

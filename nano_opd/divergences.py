@@ -2,8 +2,8 @@
 
 A divergence is given by its generator f, convex with f(1) = 0. On-policy distillation makes two rewards of it:
 
-    stop_gradient   −f(u)                       all that OPD keeps of the gradient
-    unbiased        w_f(u) = −f(u) + u f′(u)    OPD+'s corrected advantage
+    reward   −f(u)                       all that OPD keeps of the gradient
+    w_f      w_f(u) = −f(u) + u f′(u)    OPD+'s corrected advantage
 
     divergence                  f(u)                                         w_f(u)
     reverse KL, KL(p‖q)         −ln u                                        ln u − 1
@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, exp, expm1, log1p
 from torch.nn.functional import softplus
 
-from nano_opd.system.checks import did_you_mean
+from nano_opd.checks import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,22 @@ class Divergence:
     name: str
     f: Callable[[Tensor], Tensor]
     f_prime: Callable[[Tensor], Tensor]
-    unbiased: Callable[[Tensor], Tensor]
+    w_f: Callable[[Tensor], Tensor]
     power: float = 0.0  # α, if f grows like u^α with α > 1 as u → ∞, or with α < 0 as u → 0
 
-    def stop_gradient(self, log_u: Tensor) -> Tensor:
+    def reward(self, log_u: Tensor) -> Tensor:
         """−f(u): the reward of OPD, which forgets that u depends on the student."""
         return -self.f(log_u)
+
+    @property
+    def unbiased(self) -> Callable[[Tensor], Tensor]:
+        """The older name of w_f."""
+        return self.w_f
+
+    @property
+    def stop_gradient(self) -> Callable[[Tensor], Tensor]:
+        """The older name of `reward`, which stops no gradient."""
+        return self.reward
 
     def weighted_f(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """p f(u) of every token, right also where u = q/p overflows; its sum over the vocabulary is D_f(q‖p).
@@ -83,7 +93,7 @@ class Divergence:
         """
         log_u = log_ratio(log_p, log_q)
         far = _where_u_is_large(self.power)
-        p_times_w = self._p_times(self.unbiased, log_p, log_u.clamp(max=far))
+        p_times_w = self._p_times(self.w_f, log_p, log_u.clamp(max=far))
         q_times_w_over_u = self._q_times_w_over_u(log_q, log_u.clamp(min=far))
         return torch.where(log_u > far, q_times_w_over_u, p_times_w)
 
@@ -108,7 +118,7 @@ class Divergence:
         """q · w_f(u)/u, where u is large. With α ≤ 1 the quotient has reached its limit at u = e^80."""
         near = log_u.clamp(max=80 / max(1.0, self.power))
         beyond = max(0.0, self.power - 1) * (log_u - near)
-        return exp(log_q + beyond) * (exp(-near) * self.unbiased(near))
+        return exp(log_q + beyond) * (exp(-near) * self.w_f(near))
 
 
 def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -129,7 +139,7 @@ class _Clipped(Divergence):
         return exp(log_p) * self.f(log_ratio(log_p, log_q))
 
     def weighted_w_f(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return exp(log_p) * self.unbiased(log_ratio(log_p, log_q))
+        return exp(log_p) * self.w_f(log_ratio(log_p, log_q))
 
 
 # A new divergence is one entry: its name, and f, f′ and w_f as functions of x = log u.
@@ -144,7 +154,7 @@ DIVERGENCES = {
             "neyman_chi2",
             f=lambda x: 4 * torch.sinh(x / 2) ** 2,
             f_prime=lambda x: -expm1(-2 * x),
-            unbiased=lambda x: -2 * expm1(-x),
+            w_f=lambda x: -2 * expm1(-x),
             power=-1.0,
         ),
         Divergence("hellinger", lambda x: expm1(x / 2) ** 2, lambda x: -expm1(-x / 2), lambda x: expm1(x / 2)),
@@ -156,7 +166,7 @@ DIVERGENCES = {
             "jsd_falling",
             f=lambda x: math.log(2) - (softplus(x) + exp(x.clamp(-1e4, 80)) * softplus(-x.clamp(-1e4, 80))) / 2,
             f_prime=lambda x: -softplus(-x) / 2,
-            unbiased=lambda x: softplus(x) / 2 - math.log(2),
+            w_f=lambda x: softplus(x) / 2 - math.log(2),
         ),
     ]
 }
@@ -168,7 +178,7 @@ def shift(d: Divergence, c: float) -> Divergence:
         f"{d.name},c={c:g}",
         f=lambda x: _shifted_f(d, c, x),
         f_prime=lambda x: d.f_prime(x) + c,
-        unbiased=lambda x: d.unbiased(x) + c,
+        w_f=lambda x: d.w_f(x) + c,
         power=d.power,
     )
 
@@ -181,7 +191,7 @@ def _shifted_f(d: Divergence, c: float, x: Tensor) -> Tensor:
     of_small_u = d.f(near) + c * expm1(near)
     far = x.clamp(20, math.log(torch.finfo(x.dtype).max))  # up to the largest u
     at_its_limit = x.clamp(20, 80)  # where w_f(u)/u has one
-    dual = (d.f_prime(far) + c) - exp(-at_its_limit) * (d.unbiased(at_its_limit) + c)
+    dual = (d.f_prime(far) + c) - exp(-at_its_limit) * (d.w_f(at_its_limit) + c)
     root_of_u = exp(x.clamp(min=20) / 2)  # u itself may overflow where f does not
     return torch.where(x > 20, root_of_u * dual * root_of_u, of_small_u)
 
@@ -191,7 +201,7 @@ def clipped(d: Divergence, bound: float) -> Divergence:
     if not bound > 0:
         raise ValueError(f"the bound of log u must be positive, not {bound}")
     clip = lambda function: lambda x: function(x.clamp(-bound, bound))
-    return _Clipped(f"{d.name}, clipped", clip(d.f), clip(d.f_prime), clip(d.unbiased))
+    return _Clipped(f"{d.name}, clipped", clip(d.f), clip(d.f_prime), clip(d.w_f))
 
 
 def get(name: str) -> Divergence:
@@ -207,7 +217,7 @@ def get(name: str) -> Divergence:
     if name.startswith("alpha="):
         alpha = _number(name.removeprefix("alpha="), "alpha", name)
         f, f_prime = lambda x: _alpha_f(x, alpha), lambda x: _box_cox(x, alpha - 1)
-        return Divergence(name, f, f_prime, unbiased=lambda x: _box_cox(x, alpha), power=alpha)
+        return Divergence(name, f, f_prime, w_f=lambda x: _box_cox(x, alpha), power=alpha)
     hint = did_you_mean(name, DIVERGENCES)
     raise ValueError(f"unknown divergence {name!r}{hint}; choose from {', '.join(DIVERGENCES)}, alpha=<float>")
 

@@ -4,16 +4,16 @@ Of a model that is its own teacher, also how often it cites a reference that it 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from nano_opd import arithmetic, opsd
+from nano_opd.arithmetic import prompts_of, response_texts, rewards, slots_of
 from nano_opd.gpt import GPT
 from nano_opd.policy_gradient import rows_at_once
 from nano_opd.rollout import Rollout, response_logits, sample
-from nano_opd.tokenizer import decode, encode
 
 
 def pass_at_k(correct: Tensor, k: int) -> float:
@@ -38,46 +38,6 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     center = (p + z2 / 2) / (1 + z2)
     half = z / (1 + z2) * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials))
     return max(0.0, center - half), min(1.0, center + half)
-
-
-def prompts_of(
-    problems: list[arithmetic.Problem], device: torch.device | str = "cpu", slots: Sequence[str] | None = None
-) -> Tensor:
-    """The problems' prompts as tokens, (B, P) int64; with `slots`, what stands in each one's reference slot.
-
-    Raises ValueError for prompts of several lengths: a padded prompt would shift the positions of its response.
-    """
-    slots = [None] * len(problems) if slots is None else slots
-    prompts = [encode(arithmetic.prompt(p, slot)) for p, slot in zip(problems, slots, strict=True)]
-    if len(lengths := {len(p) for p in prompts}) != 1:
-        raise ValueError(f"prompts of one batch must all have the same length, not {sorted(lengths) or 'no prompt'}")
-    return torch.tensor(prompts, device=device)
-
-
-def slots_of(problems: list[arithmetic.Problem], style: str) -> list[str]:
-    """Every problem's reference of one style; "blank" is what the student reads."""
-    return [arithmetic.reference(p, style) for p in problems]
-
-
-def response_texts(rollout: Rollout) -> list[str]:
-    """Each response up to its EOS."""
-    return [decode(row) for row in rollout.responses.tolist()]
-
-
-def rewards(problems: list[arithmetic.Problem], rollout: Rollout) -> Tensor:
-    """(B,) float32, 1 for a verified answer that ended in EOS, else 0.
-
-    Raises ValueError unless there is one problem for each response, and at least one.
-    """
-    if not problems or len(problems) != len(rollout.tokens):
-        raise ValueError(f"rewards need one problem for each response, not {len(problems)} for {len(rollout.tokens)}")
-    right = [arithmetic.verify(p, text) for p, text in zip(problems, response_texts(rollout), strict=True)]
-    return (torch.tensor(right, device=rollout.tokens.device) & ~rollout.truncated).float()
-
-
-def reasoning_span(responses: Tensor) -> Tensor:
-    """(B, R) bool: the tokens of the responses (B, R) before the answer's mark."""
-    return (responses == encode("#")[0]).cumsum(1) == 0
 
 
 @torch.no_grad()

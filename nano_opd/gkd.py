@@ -14,9 +14,9 @@ the same number from the teacher's side, q f°(p/q) with the dual generator f°(
 
 from torch import Tensor
 
+from nano_opd.checks import require_batch, require_divergence, require_no_nan, require_same_shape
 from nano_opd.divergences import Divergence
 from nano_opd.policy_gradient import a_few_at_a_time, log_probs_within
-from nano_opd.system.checks import require_batch, require_divergence, require_no_nan, require_same_shape
 
 
 def loss(

@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
-from nano_opd.system.checks import require_tokens
+from nano_opd.checks import require_tokens
+from nano_opd.policy_gradient import logprobs_from
 
 # By speed, and without cuDNN: on recent cards its attention in bfloat16 has NaN gradients (pytorch#196678).
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-LOGITS_AT_ONCE = 2**24  # numbers: 64 MiB of float32
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, both (B, H, T, D)
 
 
@@ -92,24 +91,6 @@ class Block(nn.Module):
         y = attend(q, k, v, mask)
         x = x + self.attention_out(y.transpose(1, 2).reshape(B, T, C))
         return x + self.mlp_out(F.gelu(self.mlp_in(norm(x))))
-
-
-def logprobs_of(tokens: Tensor, logits: Tensor) -> Tensor:
-    """log-probs (…), in nats, of `tokens` (…) int64 under the logits (…, V) that predict them."""
-    return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
-def logprobs_from(x: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
-    """logprobs_of(tokens, x Wᵀ) in float32 for x (N, C), W (V, C), tokens (N,), without ever holding all N·V logits.
-
-    Rows are taken a few at a time, and their logits computed again in the backward pass.
-    """
-    rows = max(1, LOGITS_AT_ONCE // len(weight))
-    part = lambda x, tokens: logprobs_of(tokens, F.linear(x, weight).float())
-    if len(x) <= rows:
-        return part(x, tokens)
-    pieces = zip(x.split(rows), tokens.split(rows))
-    return torch.cat([checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])
 
 
 class GPT(nn.Module):
@@ -190,3 +171,10 @@ class GPT(nn.Module):
             if targets is None:
                 return F.linear(x, weight)
             return logprobs_from(x.flatten(0, 1), weight, targets.flatten()).view(targets.shape)
+
+
+def adamw(model: GPT, lr: float) -> torch.optim.AdamW:
+    """The optimizer of every phase (Loshchilov & Hutter 2019), as one fused kernel where PyTorch has one."""
+    return torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=model.device.type != "mps"
+    )

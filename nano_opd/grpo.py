@@ -23,8 +23,8 @@ import math
 import torch
 from torch import Tensor
 
+from nano_opd.checks import require_batch, require_constant, require_same_shape
 from nano_opd.policy_gradient import Fraction, fraction, reduce
-from nano_opd.system.checks import require_batch, require_constant, require_same_shape
 
 EPSILON = 1e-6
 

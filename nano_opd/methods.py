@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nano_opd import divergences, gkd, grpo, opd, opdplus, policy_gradient, rlsd, topk
-from nano_opd.evaluate import reasoning_span
+from nano_opd.arithmetic import reasoning_span
 
 VARIANCES = ("sampled", "baseline", "topk", "full")
 LOSS_TYPES = ("grpo", "dr_grpo")
@@ -70,7 +70,7 @@ def distillation_loss(
         measured["clip_fraction"] = policy_gradient.fraction(log_u.abs() > log_u_clip, s.mask)
         f = divergences.clipped(f, log_u_clip)  # for the baseline too, or it would undo the clip
     if variance == "topk":
-        A = f.unbiased if estimator is opdplus else f.stop_gradient
+        A = f.w_f if estimator is opdplus else f.reward
         logits = s.student_logits, s.teacher_logits
         return topk.loss(*logits, s.tokens, s.mask, A, top_k, normalize), measured
     baseline = None

@@ -26,15 +26,15 @@ divergence, to Fawkes & Hartford, arXiv 2605.15417. What it says of the stop-gra
 import torch
 from torch import Tensor
 
-from nano_opd.divergences import Divergence
-from nano_opd.policy_gradient import future_return, mean_over_vocabulary
-from nano_opd.system.checks import (
+from nano_opd.checks import (
     require_batch,
     require_divergence,
     require_finite_advantage,
     require_log_ratio,
     require_same_shape,
 )
+from nano_opd.divergences import Divergence
+from nano_opd.policy_gradient import future_return, mean_over_vocabulary
 
 
 def advantage(
@@ -54,7 +54,7 @@ def advantage(
     require_batch(mask, log_u=log_u)
     log_u = torch.where(mask, log_u, 0.0).detach()  # drops ∇u: the term u f′(u) ∇log p is lost
     require_log_ratio(log_u)
-    reward = divergence.stop_gradient(log_u)  # f(1) = 0: nothing after the EOS
+    reward = divergence.reward(log_u)  # f(1) = 0: nothing after the EOS
     own = reward
     A = own + future_return(reward, gamma)
     if baseline is not None:

@@ -15,15 +15,15 @@ correction u f′(u) belongs to the token's own advantage alone: summing w_f int
 import torch
 from torch import Tensor
 
-from nano_opd.divergences import Divergence
-from nano_opd.policy_gradient import future_return, mean_over_vocabulary
-from nano_opd.system.checks import (
+from nano_opd.checks import (
     require_batch,
     require_divergence,
     require_finite_advantage,
     require_log_ratio,
     require_same_shape,
 )
+from nano_opd.divergences import Divergence
+from nano_opd.policy_gradient import future_return, mean_over_vocabulary
 
 
 def advantage(
@@ -43,8 +43,8 @@ def advantage(
     require_batch(mask, log_u=log_u)
     log_u = torch.where(mask, log_u, 0.0).detach()  # drops ∇u: w_f adds u f′(u) ∇log p back
     require_log_ratio(log_u)
-    reward = divergence.stop_gradient(log_u)  # f(1) = 0: nothing after the EOS
-    own = divergence.unbiased(log_u)  # w_f: the same reward, and its gradient through u_n
+    reward = divergence.reward(log_u)  # f(1) = 0: nothing after the EOS
+    own = divergence.w_f(log_u)  # w_f: the same reward, and its gradient through u_n
     A = own + future_return(reward, gamma)
     if baseline is not None:
         require_same_shape(log_u=log_u, baseline=baseline)

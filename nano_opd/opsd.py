@@ -28,7 +28,7 @@ import math
 import torch
 from torch import Tensor
 
-from nano_opd.system.checks import require_log_probs
+from nano_opd.checks import require_log_probs
 
 
 def privileged_view(tokens: Tensor, prompt_length: int, teacher_prompts: Tensor) -> tuple[Tensor, int]:

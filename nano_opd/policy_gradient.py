@@ -17,15 +17,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from nano_opd.system.checks import (
-    require_batch,
-    require_constant,
-    require_floating,
-    require_no_nan,
-    require_same_shape,
-)
+from nano_opd.checks import require_batch, require_constant, require_floating, require_no_nan, require_same_shape
 
 
 def loss(logp: Tensor, advantage: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
@@ -58,6 +53,9 @@ def reduce(terms: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
     if normalize == "sequence_mean":
         return (terms.sum(1) / mask.sum(1).clamp(min=1)).mean()
     raise ValueError(f"unknown normalize {normalize!r}; choose from batch, token_mean, sequence_mean")
+
+
+LOGITS_AT_ONCE = 2**24  # numbers: 64 MiB of float32
 
 
 class Fraction(NamedTuple):
@@ -150,3 +148,21 @@ def a_few_at_a_time(sum_over_vocabulary: Callable[..., Tensor], logits: Tensor, 
 def rows_at_once(R: int, V: int) -> int:
     """How many responses to sum over the vocabulary at once, since every step on logits (B, R, V) makes a copy."""
     return max(1, 2**24 // max(1, R * V))  # 64 MiB of float32
+
+
+def logprobs_of(tokens: Tensor, logits: Tensor) -> Tensor:
+    """log-probs (…), in nats, of `tokens` (…) int64 under the logits (…, V) that predict them."""
+    return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def logprobs_from(x: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+    """logprobs_of(tokens, x Wᵀ) in float32 for x (N, C), W (V, C), tokens (N,), without ever holding all N·V logits.
+
+    Rows are taken a few at a time, and their logits computed again in the backward pass.
+    """
+    rows = max(1, LOGITS_AT_ONCE // len(weight))
+    part = lambda x, tokens: logprobs_of(tokens, linear(x, weight).float())
+    if len(x) <= rows:
+        return part(x, tokens)
+    pieces = zip(x.split(rows), tokens.split(rows))
+    return torch.cat([checkpoint(part, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces])

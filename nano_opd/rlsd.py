@@ -22,8 +22,8 @@ response. What differs from both: the divisor of the loss is the constant B (grp
 import torch
 from torch import Tensor
 
+from nano_opd.checks import require_batch, require_constant, require_log_ratio, require_same_shape
 from nano_opd.policy_gradient import Fraction, fraction
-from nano_opd.system.checks import require_batch, require_constant, require_log_ratio, require_same_shape
 
 
 def advantage(

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nano_opd.gpt import GPT, logprobs_of
-from nano_opd.system.checks import require_finite, require_tokens
+from nano_opd.checks import require_finite, require_tokens
+from nano_opd.gpt import GPT
+from nano_opd.policy_gradient import logprobs_of
 from nano_opd.tokenizer import EOS, PAD
 
 

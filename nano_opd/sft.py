@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nano_opd import arithmetic, policy_gradient
-from nano_opd.gpt import GPT
+from nano_opd.gpt import GPT, adamw
 from nano_opd.rollout import Rollout, response_logprobs
 from nano_opd.tokenizer import EOS, PAD, encode
 
@@ -48,13 +48,6 @@ def worked_solutions(problems: list[arithmetic.Problem], device: torch.device | 
     prompt_length = arithmetic.prompt_length(problems[0].digits)
     mask = tokens[:, prompt_length:] != PAD
     return Rollout(tokens, prompt_length, mask, torch.zeros(mask.shape, device=device))
-
-
-def adamw(model: GPT, lr: float) -> torch.optim.AdamW:
-    """The optimizer of every phase (Loshchilov & Hutter 2019), as one fused kernel where PyTorch has one."""
-    return torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=model.device.type != "mps"
-    )
 
 
 def train(

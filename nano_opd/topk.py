@@ -20,8 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from nano_opd.checks import require_batch, require_no_nan, require_same_shape
 from nano_opd.policy_gradient import a_few_at_a_time, log_probs_within, reduce
-from nano_opd.system.checks import require_batch, require_no_nan, require_same_shape
 
 
 def loss(

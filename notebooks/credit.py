@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from nano_opd import arithmetic, rlsd
-from nano_opd.evaluate import rewards
+from nano_opd.arithmetic import rewards
+from nano_opd.checks import require_batch
 from nano_opd.gpt import GPT
 from nano_opd.rollout import Rollout, sample
-from nano_opd.system.checks import require_batch
 
 
 def first_wrong_token(problem: arithmetic.Problem, response: str) -> int | None:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 import matplotlib
 import numpy as np
 import torch
+from lab.seeds import mean_interval
 from matplotlib import cbook
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_hex
@@ -19,7 +20,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.offsetbox import DrawingArea
 from matplotlib.patches import Patch, Rectangle
-from seeds import mean_interval
 
 from nano_opd import divergences
 
@@ -336,8 +336,8 @@ def rewards(log_u: np.ndarray, divergence_names: Sequence[str]) -> Figure:
     grey = OTHER_COLORS[histogram]
     for n, (ax, name) in enumerate(zip(axes, divergence_names)):
         divergence = divergences.get(name)
-        ax.plot(x, divergence.stop_gradient(x), color=METHOD_COLORS["OPD"], linestyle="--", label="OPD: −f(u)")
-        ax.plot(x, divergence.unbiased(x), color=METHOD_COLORS["OPD+"], label="OPD+: w_f(u)")
+        ax.plot(x, divergence.reward(x), color=METHOD_COLORS["OPD"], linestyle="--", label="OPD: −f(u)")
+        ax.plot(x, divergence.w_f(x), color=METHOD_COLORS["OPD+"], label="OPD+: w_f(u)")
         ax.axhline(0, color="black", linewidth=0.6)
         ax.axvline(0, color="black", linewidth=0.6)
         ax.set(ylim=(-4, 4), xlim=(-8, 4), xticks=(-8, -4, 0, 4))

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-import field
 import torch
 import torch.nn.functional as F
+from lab import field
 from torch import Tensor
 
 from nano_opd import divergences, exact, gkd, grpo, opd, opdplus, policy_gradient, rlsd
 from nano_opd.divergences import Divergence
-from nano_opd.exact import Moments, World
-from nano_opd.gpt import logprobs_of as at
+from nano_opd.exact.enumeration import Moments, World
+from nano_opd.policy_gradient import logprobs_of as at
 
 Estimator = Callable[[World], Moments]
 Goal = Callable[[World], Tensor]
@@ -307,7 +307,7 @@ def _bfloat16_sampler(tokens, mask, p, q):
 
 def _exp_first(log_u, mask, *_):
     log_u = log_u + 800.0 * ~mask  # behind the EOS it may be anything
-    return (forward_kl.unbiased(log_u) * mask).detach()  # drops nothing: an advantage is a constant
+    return (forward_kl.w_f(log_u) * mask).detach()  # drops nothing: an advantage is a constant
 
 
 def _no_eos(tokens, mask, p, q):

@@ -57,7 +57,7 @@ def test_f_equals_the_textbook_formula(name, log_u):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_unbiased_equals_the_table(name, log_u):
-    torch.testing.assert_close(divergences.get(name).unbiased(log_u), TABLE[name](log_u.exp()), rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(divergences.get(name).w_f(log_u), TABLE[name](log_u.exp()), rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,8 +75,8 @@ def test_f_prime_is_the_derivative_of_f(name, log_u):
 def test_unbiased_is_minus_f_plus_u_f_prime(name, log_u):
     d = divergences.get(name)
     expected = -d.f(log_u) + log_u.exp() * d.f_prime(log_u)
-    torch.testing.assert_close(d.unbiased(log_u), expected, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(d.stop_gradient(log_u), -d.f(log_u), rtol=0, atol=0)
+    torch.testing.assert_close(d.w_f(log_u), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(d.reward(log_u), -d.f(log_u), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +97,7 @@ def test_f_is_convex(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("function", ["f", "f_prime", "stop_gradient", "unbiased"])
+@pytest.mark.parametrize("function", ["f", "f_prime", "reward", "w_f"])
 def test_float32_is_finite_and_accurate_where_the_value_is_representable(name, function):
     x = torch.cat([torch.linspace(-30, 30, 1201), torch.logspace(-6, -1, 40), -torch.logspace(-6, -1, 40)])
     got = getattr(divergences.get(name), function)(x)
@@ -124,16 +124,16 @@ def test_float64_forms_near_one_against_the_power_series():
 
 def test_k3_and_reverse_kl_are_one_divergence_with_two_stop_gradient_rewards(log_u):
     k1, k3 = divergences.get("reverse_kl"), divergences.get("k3")
-    difference = k3.unbiased(log_u) - k1.unbiased(log_u)
+    difference = k3.w_f(log_u) - k1.w_f(log_u)
     torch.testing.assert_close(difference, torch.ones_like(log_u))
-    assert (k3.stop_gradient(log_u) - k1.stop_gradient(log_u)).std() > 1
+    assert (k3.reward(log_u) - k1.reward(log_u)).std() > 1
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 @pytest.mark.parametrize("step", [1e-6, -1e-6, 1e-11, -1e-11, 1e-13])
 def test_the_alpha_family_is_continuous(alpha, step, log_u):
     at, near = divergences.get(f"alpha={alpha}"), divergences.get(f"alpha={alpha + step!r}")
-    for function in ("f", "f_prime", "unbiased"):
+    for function in ("f", "f_prime", "w_f"):
         torch.testing.assert_close(getattr(near, function)(log_u), getattr(at, function)(log_u), rtol=1e-4, atol=1e-6)
 
 
@@ -142,7 +142,7 @@ def test_the_alpha_family_is_continuous(alpha, step, log_u):
 )
 def test_the_alpha_family_contains_the_others(name, factor, alpha, log_u):
     """Equal up to a factor and a multiple of u − 1, that is, w_f up to a constant."""
-    difference = divergences.get(name).unbiased(log_u) - factor * divergences.get(f"alpha={alpha}").unbiased(log_u)
+    difference = divergences.get(name).w_f(log_u) - factor * divergences.get(f"alpha={alpha}").w_f(log_u)
     torch.testing.assert_close(difference, difference[:1].expand_as(difference), rtol=1e-9, atol=1e-9)
 
 
@@ -172,7 +172,7 @@ def test_limits(name, dtype):
     if name == "reverse_kl":
         f_inf = -INF  # −ln u falls for ever: only its mean under p is a divergence
     torch.testing.assert_close(d.f(ends), torch.tensor([f0, f_inf], dtype=dtype))
-    torch.testing.assert_close(d.unbiased(ends), torch.tensor([w0, w_inf], dtype=dtype))
+    torch.testing.assert_close(d.w_f(ends), torch.tensor([w0, w_inf], dtype=dtype))
 
 
 def test_names():
@@ -198,7 +198,7 @@ def test_no_log_ratio_gives_nan_or_an_infinity_of_the_wrong_sign(name, x):
     d = divergences.get(name)
     for dtype in (torch.float32, torch.float64):
         log_u = torch.tensor([x], dtype=dtype)
-        for function in (d.f, d.f_prime, d.stop_gradient, d.unbiased):
+        for function in (d.f, d.f_prime, d.reward, d.w_f):
             assert not function(log_u).isnan().any()
         if name not in NOT_AT_ITS_MINIMUM:
             assert d.f(log_u) >= 0

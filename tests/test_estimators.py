@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nano_opd import divergences, gkd, opd, opdplus, policy_gradient, topk
-from nano_opd.system.checks import NumericalFault
+from nano_opd.checks import NumericalFault
 
 NAMES = [*divergences.DIVERGENCES, "alpha=0.5"]
 
@@ -33,7 +33,7 @@ def test_advantages_equal_the_formula_term_by_term(name, gamma, batch):
     log_u, mask = batch
     d = divergences.get(name)
     baseline = torch.arange(30, dtype=torch.float64).view(6, 5) + 1
-    for method, own in [(opd, d.stop_gradient), (opdplus, d.unbiased)]:
+    for method, own in [(opd, d.reward), (opdplus, d.w_f)]:
         A = method.advantage(log_u, mask, d, gamma)
         torch.testing.assert_close(
             method.advantage(log_u, mask, d, gamma, baseline), A - torch.where(mask, baseline, 0.0)
@@ -44,7 +44,7 @@ def test_advantages_equal_the_formula_term_by_term(name, gamma, batch):
                 want = 0.0
                 if n < L:
                     want = own(log_u[b, n]).item()
-                    want += sum(gamma ** (m - n) * d.stop_gradient(log_u[b, m]).item() for m in range(n + 1, L))
+                    want += sum(gamma ** (m - n) * d.reward(log_u[b, m]).item() for m in range(n + 1, L))
                 assert A[b, n].item() == pytest.approx(want, rel=1e-12, abs=1e-12)
 
 
@@ -73,7 +73,7 @@ def test_the_teacher_is_not_trained(logits):
     jsd, mask = divergences.get("jsd"), torch.ones(6, 5, dtype=torch.bool)
     for loss in (
         lambda p, q: gkd.loss(p, q, mask, jsd),
-        lambda p, q: topk.loss(p, q, mask.long(), mask, jsd.unbiased, 2),
+        lambda p, q: topk.loss(p, q, mask.long(), mask, jsd.w_f, 2),
     ):
         student, teacher = (x.clone().requires_grad_() for x in logits)
         loss(student, teacher).backward()
@@ -82,7 +82,7 @@ def test_the_teacher_is_not_trained(logits):
 
 def test_what_a_top_k_is_not_given_is_refused_and_nothing_behind_the_mask_reaches_it(logits):
     mask = torch.arange(5) < torch.tensor([[5], [4], [3], [2], [1], [0]])
-    tokens, A = torch.zeros(6, 5, dtype=torch.long), divergences.get("jsd").unbiased
+    tokens, A = torch.zeros(6, 5, dtype=torch.long), divergences.get("jsd").w_f
     gradients = []
     for behind in (0.0, torch.nan):
         student, teacher = (x.where(mask.unsqueeze(-1), behind).requires_grad_() for x in logits)
@@ -109,7 +109,7 @@ def test_a_few_responses_at_a_time_are_all_of_them(stop_gradient, logits, monkey
         monkeypatch.setattr(policy_gradient, "rows_at_once", lambda *_, rows=rows: rows)
         student = logits[0].clone().requires_grad_()
         loss = gkd.loss(student, logits[1], mask, d, stop_gradient)
-        (loss + topk.loss(student, logits[1], mask.long(), mask, d.unbiased, 2)).backward()
+        (loss + topk.loss(student, logits[1], mask.long(), mask, d.w_f, 2)).backward()
         within = opdplus.exact_baseline(
             student.where(mask[..., None], torch.nan), logits[1], d, mask
         )  # as NaN behind it
@@ -129,8 +129,8 @@ def test_exact_baselines_are_the_means_over_the_vocabulary(name, logits):
     d = divergences.get(name)
     p = student.softmax(-1)
     u = (teacher.softmax(-1) / p).log()
-    torch.testing.assert_close(opd.exact_baseline(student, teacher, d), (p * d.stop_gradient(u)).sum(-1))
-    torch.testing.assert_close(opdplus.exact_baseline(student, teacher, d), (p * d.unbiased(u)).sum(-1))
+    torch.testing.assert_close(opd.exact_baseline(student, teacher, d), (p * d.reward(u)).sum(-1))
+    torch.testing.assert_close(opdplus.exact_baseline(student, teacher, d), (p * d.w_f(u)).sum(-1))
     assert (opd.exact_baseline(student, teacher, d) < 0).all()  # −D_f
 
 
@@ -178,7 +178,7 @@ def test_a_token_the_teacher_forbids_is_no_accident(logits):
             loss.backward()
             assert loss.isfinite() and student.grad.isfinite().all(), name
             p = student.detach().softmax(-1)
-            w = d.unbiased(teacher.log_softmax(-1) - p.log())
+            w = d.w_f(teacher.log_softmax(-1) - p.log())
             want = -p * (w - (p * w).sum(-1, keepdim=True)) / 6  # −Σ_v ∇p_v w_v by hand
             torch.testing.assert_close(student.grad, want, rtol=1e-8, atol=1e-10)
 

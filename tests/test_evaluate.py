@@ -10,7 +10,7 @@ import torch
 from nano_opd import arithmetic, evaluate, sft
 from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.rollout import Rollout, sample
-from nano_opd.system.streams import numpy_stream, torch_stream
+from nano_opd.streams import numpy_stream, torch_stream
 from nano_opd.tokenizer import EOS, PAD, VOCAB_SIZE, encode
 
 
@@ -53,21 +53,23 @@ def test_a_right_answer_counts_only_with_its_eos():
     tokens = torch.tensor([rows[0] + [EOS, PAD], rows[1] + [EOS, PAD], rows[2] + encode("  ")])
     mask = torch.tensor([[True] * 11 + [False], [True] * 11 + [False], [True] * 12])
     rollout = Rollout(tokens, 4, mask, torch.zeros(3, 12))
-    assert evaluate.rewards([problem] * 3, rollout).tolist() == [1, 0, 0]
+    assert arithmetic.rewards([problem] * 3, rollout).tolist() == [1, 0, 0]
     padded = torch.tensor([rows[0] + [PAD, 9, EOS]])  # a PAD can be sampled like any token; it ends nothing
-    assert evaluate.rewards([problem], Rollout(padded, 4, torch.ones(1, 13, dtype=torch.bool), torch.zeros(1, 13))) == 0
+    assert (
+        arithmetic.rewards([problem], Rollout(padded, 4, torch.ones(1, 13, dtype=torch.bool), torch.zeros(1, 13))) == 0
+    )
     cut = Rollout(tokens[2:, :-2], 4, mask[2:, :-2], torch.zeros(1, 10))  # the right answer, but never an EOS
-    assert cut.truncated.item() and evaluate.rewards([problem], cut).tolist() == [0]
+    assert cut.truncated.item() and arithmetic.rewards([problem], cut).tolist() == [0]
 
 
 def test_ragged_or_missing_prompts_are_refused():
     short, long = arithmetic.Problem("add", 1, 2, 3), arithmetic.Problem("add", 2, 12, 34)
     with pytest.raises(ValueError, match=r"same length, not \[4, 6\]"):
-        evaluate.prompts_of([short, long])
+        arithmetic.prompts_of([short, long])
     with pytest.raises(ValueError, match="same length, not no prompt"):
-        evaluate.prompts_of([])
-    assert evaluate.prompts_of([short, short]).tolist() == [encode("2+3=")] * 2
-    assert evaluate.prompts_of([short], slots=["05#05"]).tolist() == [encode("05#05 2+3=")]
+        arithmetic.prompts_of([])
+    assert arithmetic.prompts_of([short, short]).tolist() == [encode("2+3=")] * 2
+    assert arithmetic.prompts_of([short], slots=["05#05"]).tolist() == [encode("05#05 2+3=")]
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_kl_and_entropy_are_means_over_the_sampled_tokens(models):
     student, teacher = models
     problems = arithmetic.sample_problems("add", 1, 40, numpy_stream(0, "x"))
     got = evaluate.evaluate(student, teacher, problems, 16, torch_stream(0, "y"))
-    rollout = sample(student, evaluate.prompts_of(problems), 16, torch_stream(0, "y"))
+    rollout = sample(student, arithmetic.prompts_of(problems), 16, torch_stream(0, "y"))
     kl, entropy, tokens = 0.0, 0.0, 0
     for row, mask in zip(rollout.tokens, rollout.mask):  # token by token, one prefix at a time
         for n in range(int(mask.sum())):
@@ -105,7 +107,7 @@ def test_accuracy_is_of_the_samples_and_greedy_accuracy_of_the_likeliest_tokens(
 
         def sampler(model, prompts, max_new_tokens, generator=None, greedy=False, wanted=greedy_is_right):
             assert model is models[0] and max_new_tokens == 12 and (greedy or generator is stream)
-            assert torch.equal(prompts, evaluate.prompts_of(problems))
+            assert torch.equal(prompts, arithmetic.prompts_of(problems))
             return right if greedy == wanted else wrong
 
         got = evaluate.evaluate(*models, problems, 12, stream, sample=sampler)
@@ -154,7 +156,7 @@ def test_leakage_is_measured_against_every_reference(models):
 def test_the_reasoning_span_ends_before_the_answer():
     texts = ["2+3=05 #05", "#05", "2+3"]
     rows = torch.tensor([encode(t) + [EOS] + [PAD] * (11 - len(t)) for t in texts])
-    span = evaluate.reasoning_span(rows)
+    span = arithmetic.reasoning_span(rows)
     assert span[0].tolist() == [True] * 7 + [False] * 5 and not span[1].any() and span[2].all()
 
 

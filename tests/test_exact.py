@@ -9,11 +9,11 @@ import torch
 from torch.func import functional_call
 
 from nano_opd import divergences, exact, gkd, opd, opdplus, policy_gradient, topk
+from nano_opd.checks import NumericalFault
 from nano_opd.divergences import Divergence
-from nano_opd.exact import World
+from nano_opd.exact.enumeration import World
 from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.rollout import response_logits, sample
-from nano_opd.system.checks import NumericalFault
 from nano_opd.tokenizer import EOS, VOCAB_SIZE
 
 NAMES = [*divergences.DIVERGENCES, "alpha=0.5"]
@@ -352,7 +352,7 @@ def test_the_stop_gradient_can_be_turned_around_by_the_generator(world):
         ("hellinger", lambda x: -2 * torch.expm1(x / 2), 2),
     ]:
         d = divergences.get(name)
-        other = Divergence("other", f=f, f_prime=d.f_prime, unbiased=d.unbiased)
+        other = Divergence("other", f=f, f_prime=d.f_prime, w_f=d.w_f)
         truth = exact.gradient(world, d, "prefix")
         assert equal(exact.gradient(world, other, "prefix"), truth)
         assert equal(mean(world, stop_gradient(other)), factor * truth)
@@ -412,7 +412,7 @@ def test_summing_the_correction_into_the_return_is_biased(name, world):
     d = divergences.get(name)
 
     def advantage(log_u, mask, *_):
-        w = torch.where(mask, d.unbiased(log_u), 0.0).detach()  # drops nothing: an advantage is a constant
+        w = torch.where(mask, d.w_f(log_u), 0.0).detach()  # drops nothing: an advantage is a constant
         return w + policy_gradient.future_return(w, 1.0)
 
     harmless = name == "k3" or (name == "reverse_kl" and world.mask.all())
@@ -492,7 +492,7 @@ def test_z_scoring_the_batch(name, length):
 def test_z_scoring_is_blind_to_the_choice_among_generators_it_cannot_repair():
     """−(2 − 2√u) = 2w + const: this one writing of Hellinger z-scores to OPD+, the usual one does not."""
     world, d = PAIRS["eos"], divergences.get("hellinger")
-    power = Divergence("2 − 2√u", f=lambda x: -2 * torch.expm1(x / 2), f_prime=d.f_prime, unbiased=d.unbiased)
+    power = Divergence("2 − 2√u", f=lambda x: -2 * torch.expm1(x / 2), f_prime=d.f_prime, w_f=d.w_f)
     plus = pair_mean(world, z_scored(unbiased(d)))
     assert distance(pair_mean(world, z_scored(stop_gradient(power))), plus) < 1e-4  # the ε beside the std
     assert different(pair_mean(world, z_scored(stop_gradient(d))), plus)
@@ -568,7 +568,7 @@ def test_a_table_is_quietest_with_the_full_vocabulary(name, ends, fixed):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_top_k_with_a_sampled_tail_has_the_expectation_of_the_sample(name, world):
     d = divergences.get(name)
-    for estimator, A in ((opd, d.stop_gradient), (opdplus, d.unbiased)):
+    for estimator, A in ((opd, d.reward), (opdplus, d.w_f)):
         sampled = exact.moments(world, exact.sampled(lambda log_u, mask, *_, e=estimator: e.advantage(log_u, mask, d)))
         got = exact.moments(world, lambda tokens, mask, p, q, A=A: topk.loss(p, q, tokens, mask, A, 2))
         assert equal(got.mean, sampled.mean)
@@ -579,7 +579,7 @@ def test_the_ends_and_the_variance_of_a_top_k(name):
     """k = 0 is the sample, k = V the whole vocabulary, and between them the variance moves as topk.py says."""
     d, world = divergences.get(name), World.of(exact.random_tabular(V, 1, 0), exact.random_tabular(V, 1, 1), V, 1)
     top = [
-        exact.moments(world, lambda tokens, mask, p, q, k=k: topk.loss(p, q, tokens, mask, d.unbiased, k))
+        exact.moments(world, lambda tokens, mask, p, q, k=k: topk.loss(p, q, tokens, mask, d.w_f, k))
         for k in range(V + 2)
     ]
     sampled = exact.moments(world, exact.sampled(unbiased(d)))
@@ -587,7 +587,7 @@ def test_the_ends_and_the_variance_of_a_top_k(name):
     for m in top[V:]:
         assert equal(m.mean, sampled.mean) and abs(m.variance) < 1e-12
     p, q = world.theta[0].softmax(-1), world.teacher_logits[0, 0].softmax(-1)
-    g = d.unbiased((q / p).log())[:, None] * (torch.eye(V) - p)  # A ∇log p in the logits, one token a row
+    g = d.w_f((q / p).log())[:, None] * (torch.eye(V) - p)  # A ∇log p in the logits, one token a row
     for k in range(V + 1):
         inside = torch.zeros(V).index_fill(0, q.topk(k).indices, 1.0).bool()
         change = -(p * g.square().sum(1))[inside].sum() + (p @ g).square().sum()
@@ -599,7 +599,7 @@ def test_a_token_that_is_not_in_the_sum_is_not_in_the_gradient():
     """The teacher forbids it: its A is −∞. It is not likely, nor sampled. A NaN that is in the sum is reported."""
     student = torch.zeros(1, 1, 4, requires_grad=True)
     teacher, mask = torch.tensor([[[2.0, 1.0, 0.0, -torch.inf]]]), torch.ones(1, 1, dtype=torch.bool)
-    reverse = divergences.get("reverse_kl").unbiased
+    reverse = divergences.get("reverse_kl").w_f
     loss = lambda student: topk.loss(student, teacher, torch.tensor([[2]]), mask, reverse, 2)
     loss(student).backward()
     assert student.grad.isfinite().all() and student.grad.abs().max() > 0
@@ -610,7 +610,7 @@ def test_a_token_that_is_not_in_the_sum_is_not_in_the_gradient():
 def test_summing_over_a_top_k_may_add_variance():
     """In this world under Jensen–Shannon one token makes it noisier, and two make it quieter."""
     d, world = divergences.get("jsd"), WORLDS["tabular, eos"]
-    top = lambda k: exact.moments(world, lambda tokens, mask, p, q: topk.loss(p, q, tokens, mask, d.unbiased, k))
+    top = lambda k: exact.moments(world, lambda tokens, mask, p, q: topk.loss(p, q, tokens, mask, d.w_f, k))
     none, one, two = (top(k).variance for k in (0, 1, 2))
     assert two < none < one
 
@@ -664,7 +664,7 @@ def test_how_the_variance_of_the_sequence_level_grows(name):
         log_choose = math.lgamma(L + 1) - torch.lgamma(k + 1) - torch.lgamma(L - k + 1)
         weight = (log_choose + k * p[0].log() + (L - k) * p[1].log()).exp()
         log_u = k * (q[0] / p[0]).log() + (L - k) * (q[1] / p[1]).log()
-        second.append((weight @ d.unbiased(log_u) ** 2).item())
+        second.append((weight @ d.w_f(log_u) ** 2).item())
     exponential = name in ("forward_kl", "pearson_chi2", "neyman_chi2")
     assert (second[2] / second[1] > 1.5 * second[1] / second[0]) == exponential
     if name == "forward_kl":

@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from nano_opd import exact, exact_rewards, grpo, rlsd
-from nano_opd.exact import World
+from nano_opd import exact, grpo, rlsd
+from nano_opd.exact import rewards as exact_rewards
+from nano_opd.exact.enumeration import World
 
 V, R = 3, 2
 CLIP = 0.2, 0.28

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nano_opd import gpt
+from nano_opd import gpt, policy_gradient
 from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.system import device
 
@@ -127,7 +127,7 @@ def test_logprobs_of_a_large_vocabulary_are_taken_a_few_rows_at_a_time(monkeypat
     assert whole == B * T * V and at_once == 10 * V
     torch.testing.assert_close(logp, whole_logp)
     torch.testing.assert_close(grad, whole_grad, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logp, gpt.logprobs_of(targets, model(tokens)).detach())
+    torch.testing.assert_close(logp, policy_gradient.logprobs_of(targets, model(tokens)).detach())
 
 
 def test_bfloat16_multiplies_coarsely_and_keeps_float32_logprobs(tokens):

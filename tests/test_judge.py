@@ -7,7 +7,7 @@ import torch
 
 from nano_opd import divergences, exact, opd, opdplus
 from nano_opd.divergences import shift
-from nano_opd.judge import STUDENTS, TEACHER, generator, judge, paths, update
+from nano_opd.exact.judge import STUDENTS, TEACHER, generator, judge, paths, update
 
 NAMES = [*divergences.DIVERGENCES, "alpha=-0.5", "alpha=0.5", "alpha=1.7"]
 NEVER_RISES = ("reverse_kl", "jsd_falling")
@@ -36,7 +36,7 @@ def value(world: exact.World, d: divergences.Divergence) -> float:
 def test_what_opd_descends(name):
     """Its mean is the gradient of E_p[h(u)], by autograd through the enumeration, which knows nothing of A."""
     world, d = world_at(1.0), divergences.get(name)
-    h = generator(d.stop_gradient)
+    h = generator(d.reward)
     torch.testing.assert_close(mean(world, opd, d), exact.gradient(world, h, "prefix"), rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(mean(world, opd, d), mean(world, opdplus, h), rtol=1e-8, atol=1e-9)
 
@@ -46,14 +46,14 @@ def test_the_generator_of_an_advantage(name):
     """h is u ∫ A/u²: its w_h is A, its second derivative A′/u, and the generator of w_f is f itself."""
     x, d = torch.linspace(-3, 3, 61, dtype=torch.float64), divergences.get(name)
     x = x[x.abs() > 1e-9].requires_grad_()  # |u − 1| has no slope at 1
-    h = generator(d.stop_gradient)
+    h = generator(d.reward)
     in_u = lambda y: torch.autograd.grad(y.sum(), x, create_graph=True)[0] * torch.exp(-x)  # d/du = e^−x d/dx
     first = in_u(h.f(x))
     torch.testing.assert_close(h.f_prime(x), first)
     torch.testing.assert_close(in_u(first), -d.f_prime(x) * torch.exp(-x), rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(-h.f(x) + torch.exp(x) * h.f_prime(x), h.unbiased(x))
+    torch.testing.assert_close(-h.f(x) + torch.exp(x) * h.f_prime(x), h.w_f(x))
     world = world_at(1.0)
-    assert value(world, generator(d.unbiased)) == pytest.approx(value(world, d), rel=1e-8)
+    assert value(world, generator(d.w_f)) == pytest.approx(value(world, d), rel=1e-8)
 
 
 def test_the_usual_generators_subtract_a_divergence_that_should_fall():
@@ -67,9 +67,9 @@ def test_the_usual_generators_subtract_a_divergence_that_should_fall():
         "neyman_chi2": D["neyman_chi2"] / 2 - D["forward_kl"],
         "pearson_chi2": 2 * D["forward_kl"] - D["pearson_chi2"],
     }.items():
-        assert value(world, generator(divergences.get(name).stop_gradient)) == pytest.approx(descended, rel=1e-8)
+        assert value(world, generator(divergences.get(name).reward)) == pytest.approx(descended, rel=1e-8)
     squares = divergences.Divergence("−½ E_q[ln² u]", lambda x: -torch.exp(x) * x**2 / 2, None, None)
-    of_forward = generator(divergences.get("forward_kl").stop_gradient)
+    of_forward = generator(divergences.get("forward_kl").reward)
     assert value(world, of_forward) == pytest.approx(value(world, squares), rel=1e-8)
 
 
@@ -87,7 +87,7 @@ def test_near_the_teacher_the_stop_gradient_multiplies_the_gradient(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_multiple_of_u_minus_1_takes_forward_kl_away(name):
     world, d, c = world_at(1.0), divergences.get(name), 0.7
-    before, after = (value(world, generator(x.stop_gradient)) for x in (d, shift(d, c)))
+    before, after = (value(world, generator(x.reward)) for x in (d, shift(d, c)))
     assert after == pytest.approx(before - c * value(world, divergences.get("forward_kl")), rel=1e-8)
 
 
@@ -97,7 +97,7 @@ def test_in_its_falling_generator_the_alpha_family_is_opdplus(alpha):
     x, d = torch.linspace(-6, 6, 121, dtype=torch.float64), divergences.get(f"alpha={alpha}")
     at_infinity = d.f_prime(torch.tensor([math.inf])).item()
     assert at_infinity == pytest.approx(1 / (1 - alpha))
-    torch.testing.assert_close(shift(d, -1 / (1 - alpha)).stop_gradient(x), d.unbiased(x) / (1 - alpha))
+    torch.testing.assert_close(shift(d, -1 / (1 - alpha)).reward(x), d.w_f(x) / (1 - alpha))
 
 
 @pytest.mark.parametrize("alpha", [1, 1.5, 3])
@@ -107,7 +107,7 @@ def test_from_alpha_1_on_no_generator_falls(alpha):
 
 def test_jsd_falling_is_jsd():
     x, jsd, falling = torch.linspace(-6, 6, 121, dtype=torch.float64), *map(divergences.get, ("jsd", "jsd_falling"))
-    for function in ("f", "f_prime", "unbiased"):
+    for function in ("f", "f_prime", "w_f"):
         got, want = (getattr(d, function)(x) for d in (falling, shift(jsd, -math.log(2) / 2)))
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -116,7 +116,7 @@ def test_jsd_falling_is_jsd():
 def test_a_divergence_has_a_bound_and_what_opd_descends_has_one_only_if_f_never_rises(name):
     """A liked token brings q h(u)/u: it falls for ever as u grows unless f′(∞) ≤ 0. This is the collapse."""
     d, q = divergences.get(name), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-    h = generator(d.stop_gradient)
+    h = generator(d.reward)
     rises = d.f_prime(torch.tensor([math.inf])).item() > 0
     assert rises == (name not in NEVER_RISES)
     assert bool((d.f_prime(torch.linspace(0.1, 8, 80)) > 0).all()) == rises
@@ -142,12 +142,10 @@ def test_where_the_expected_updates_lead(name):
     """From 25 students: OPD+ to the teacher, OPD only if f never rises, else to a corner; a liked token has u > 50."""
     d, q = divergences.get(name), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
     starts = torch.randn(25, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ways = {
-        A: paths(lambda log_p, log_q, A=A: A(log_q - log_p), starts, q.log()) for A in (d.unbiased, d.stop_gradient)
-    }
+    ways = {A: paths(lambda log_p, log_q, A=A: A(log_q - log_p), starts, q.log()) for A in (d.w_f, d.reward)}
     for A, way in ways.items():
         torch.testing.assert_close(way[0], starts.softmax(-1))
-        if A == d.unbiased or name in NEVER_RISES:
+        if A == d.w_f or name in NEVER_RISES:
             torch.testing.assert_close(way[-1], q.expand(25, 3), rtol=0, atol=1e-6)
         else:
             assert (way[-1].amax(-1) > 0.999).all() and (q / way[-1]).amax(-1).min() > 50
@@ -183,12 +181,12 @@ def test_a_jump_makes_a_gradient_of_nothing_although_the_jacobian_is_symmetric()
 def test_bias_cosine_and_noise_are_those_that_exact_measures():
     """Over 32 worlds of one token, each enumerated."""
     z, log_q = prefixes()
-    A = divergences.get("jsd").stop_gradient
+    A = divergences.get("jsd").reward
     verdict, got = judge(lambda p, q: A(q - p), against="hellinger"), []
     for student, teacher in zip(z, log_q):
         world = exact.World.of((exact.tabular, student[None]), (exact.tabular, teacher[None]), 4, 1)
         of = lambda a, world=world: exact.moments(world, exact.sampled(lambda log_u, *_: a(log_u.detach())))
-        one, plus = of(A), of(divergences.get("hellinger").unbiased)
+        one, plus = of(A), of(divergences.get("hellinger").w_f)
         got.append(torch.stack([one.mean[0], plus.mean[0], *(m.variance.expand(4) / 4 for m in (one, plus))]))
     f, g, *variance = torch.stack(got).unbind(1)
     assert verdict.bias == pytest.approx(((f - g).norm() / g.norm()).item())
@@ -199,7 +197,7 @@ def test_bias_cosine_and_noise_are_those_that_exact_measures():
 
 def test_where_h_bends_down():
     for name, start in (("forward_kl", 1 / math.e), ("jsd", 1), ("k3", 1)):
-        ((low, high),) = judge(lambda p, q, name=name: divergences.get(name).stop_gradient(q - p)).falls
+        ((low, high),) = judge(lambda p, q, name=name: divergences.get(name).reward(q - p)).falls
         assert low == pytest.approx(start, rel=0.02) and high == pytest.approx(math.exp(4))
     verdict = judge(REVERSE)
     assert verdict.falls == [] and verdict.wrong == ""

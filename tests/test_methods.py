@@ -22,8 +22,9 @@ import train
 from nano_opd import arithmetic, rollout
 from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS, Scored
+from nano_opd.streams import torch_stream
 from nano_opd.system import config
-from nano_opd.system.streams import draw_problems, torch_stream
+from nano_opd.system.batches import draw_problems
 from nano_opd.tokenizer import EOS, PAD, decode, encode
 
 ROOT = Path(__file__).parents[1]

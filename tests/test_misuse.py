@@ -10,11 +10,8 @@ from nano_opd import (
     divergences,
     evaluate,
     exact,
-    exact_rewards,
     gkd,
     grpo,
-    judge,
-    law,
     opd,
     opdplus,
     opsd,
@@ -23,9 +20,11 @@ from nano_opd import (
     sft,
     topk,
 )
+from nano_opd.checks import NumericalFault
+from nano_opd.exact import judge, law
+from nano_opd.exact import rewards as exact_rewards
 from nano_opd.methods import METHODS, Scored
 from nano_opd.rollout import response_logits, response_logprobs, sample, score
-from nano_opd.system.checks import NumericalFault
 
 MASK = torch.tensor([[True, True, True], [True, True, False], [True, True, True], [True, True, False]])
 LOGP = -torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) - 0.1
@@ -115,7 +114,7 @@ MODEL = new_model(12)
 LOGITS = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
 SCORED = Scored(MASK.long(), MASK, LOGP, LOGP, LOGP, LOGITS, LOGITS, torch.ones(4))
 MEANINGLESS = {
-    "one slot for two problems": (lambda: evaluate.prompts_of(PROBLEMS, "cpu", ["_" * 8]), "zip"),
+    "one slot for two problems": (lambda: arithmetic.prompts_of(PROBLEMS, "cpu", ["_" * 8]), "zip"),
     "a reference that does not exist": (
         lambda: arithmetic.draw_references(PROBLEMS, 1, RNG, "foo"),
         "unknown reference",
@@ -203,7 +202,7 @@ MEANINGLESS = {
     ),
     "no worked solution": (lambda: sft.worked_solutions([]), "give at least one"),
     "no response to reward": (
-        lambda: evaluate.rewards([], sft.worked_solutions(PROBLEMS)),
+        lambda: arithmetic.rewards([], sft.worked_solutions(PROBLEMS)),
         "one problem for each response, not 0 for 2",
     ),
     "an operand too long for its prompt": (

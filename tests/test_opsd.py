@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from nano_opd import arithmetic, divergences, evaluate, gkd, opsd
+from nano_opd import arithmetic, divergences, gkd, opsd
 from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.methods import METHODS, Scored
 from nano_opd.rollout import response_logits, response_logprobs, sample
-from nano_opd.system.streams import numpy_stream, torch_stream
+from nano_opd.streams import numpy_stream, torch_stream
 from nano_opd.tokenizer import VOCAB_SIZE
 
 R = 14
@@ -32,12 +32,12 @@ def problems():
 
 @pytest.fixture
 def rollout(model, problems):
-    prompts = evaluate.prompts_of(problems, slots=evaluate.slots_of(problems, "blank"))
+    prompts = arithmetic.prompts_of(problems, slots=arithmetic.slots_of(problems, "blank"))
     return sample(model, prompts, R, torch_stream(0, "y"))
 
 
 def view_of(rollout, problems, style):
-    prompts = evaluate.prompts_of(problems, slots=None if style is None else evaluate.slots_of(problems, style))
+    prompts = arithmetic.prompts_of(problems, slots=None if style is None else arithmetic.slots_of(problems, style))
     return opsd.privileged_view(rollout.tokens, rollout.prompt_length, prompts)
 
 

@@ -95,7 +95,7 @@ def require_right(got, expected, dtype, where):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("which", ["f", "f_prime", "unbiased"])
+@pytest.mark.parametrize("which", ["f", "f_prime", "w_f"])
 @pytest.mark.parametrize("name", NAMES)
 def test_f_and_f_prime_and_w_f_are_right_to_the_ends_of_floats(name, which, dtype):
     x = torch.tensor(LOG_U, dtype=dtype, requires_grad=True)
@@ -213,7 +213,7 @@ def test_the_top_k_loss_is_finite_where_u_overflows(name):
     teacher = torch.tensor([[[-5.0, 0.0, -3.0]]])
     tokens, mask = torch.tensor([[0]]), torch.ones(1, 1, dtype=torch.bool)
     wide = student.detach().double().requires_grad_()
-    A = divergences.get(name).unbiased
+    A = divergences.get(name).w_f
     got = topk.loss(student, teacher, tokens, mask, A, 2)
     expected = topk.loss(wide, teacher.double(), tokens, mask, A, 2)
     got.backward()
@@ -250,7 +250,7 @@ def test_logits_of_half_precision_are_summed_in_float32(dtype):
     jsd = divergences.get("jsd")
     for loss in (
         lambda p, q: gkd.loss(p, q, mask, jsd),
-        lambda p, q: topk.loss(p, q, tokens, mask, jsd.unbiased, 3),
+        lambda p, q: topk.loss(p, q, tokens, mask, jsd.w_f, 3),
         lambda p, q: opdplus.exact_baseline(p, q, jsd, mask).sum(),
     ):
         low, high = loss(*logits), loss(*logits.float())
@@ -263,7 +263,7 @@ def test_a_new_divergence_needs_no_formula_for_large_u():
         "jeffreys",
         f=lambda x: torch.expm1(x) * x,
         f_prime=lambda x: x - torch.expm1(-x),
-        unbiased=lambda x: x + torch.expm1(x),
+        w_f=lambda x: x + torch.expm1(x),
     )
     logits = logits_of(40)
     student, teacher = logits.double().log_softmax(-1)

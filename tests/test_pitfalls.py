@@ -2,9 +2,9 @@
 
 import math
 
-import field
 import pytest
 import torch
+from lab import field
 from pitfalls import (
     TEACHERS,
     Museum,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import new_model
 
-from nano_opd.gpt import logprobs_of
+from nano_opd.checks import NumericalFault
+from nano_opd.policy_gradient import logprobs_of
 from nano_opd.rollout import Rollout, choose, response_logits, response_logprobs, sample, score
-from nano_opd.system.checks import NumericalFault
 from nano_opd.tokenizer import EOS, PAD, VOCAB_SIZE
 
 P, R = 4, 12

@@ -4,14 +4,13 @@ import json
 import math
 from pathlib import Path
 
-import ceiling
-import claims
-import pages
 import pytest
 import torch
-from field import ROWS, top
+from lab import ceiling, claims, pages
+from lab.field import ROWS, top
 
-from nano_opd import divergences, exact, grpo, law, rlsd, topk
+from nano_opd import divergences, exact, grpo, rlsd, topk
+from nano_opd.exact import law
 
 ROOT = Path(__file__).parents[1]
 BY_NAME = {row.name: row for row in ROWS}
@@ -29,7 +28,7 @@ def words(path: str) -> str:
 
 def parts_of_the_variance(p: torch.Tensor, q: torch.Tensor, k: int) -> tuple[float, float, float]:
     """Return E|g|², |E g|², and by how much the variance falls where the teacher's top k are summed."""
-    g = JSD.unbiased((q / p).log())[:, None] * (torch.eye(len(p), dtype=p.dtype) - p)  # A ∇log p, one token a row
+    g = JSD.w_f((q / p).log())[:, None] * (torch.eye(len(p), dtype=p.dtype) - p)  # A ∇log p, one token a row
     inside = torch.zeros(len(p), dtype=torch.bool)
     inside[q.topk(k).indices] = True
     second = (p * g.square().sum(1)).sum()
@@ -44,7 +43,7 @@ def sampled_variance(p: torch.Tensor, q: torch.Tensor, k: int) -> float:
     for token in range(len(p)):
         student = p.log().view(1, 1, -1).clone().requires_grad_()
         mask = torch.ones(1, 1, dtype=torch.bool)
-        loss = topk.loss(student, q.log().view(1, 1, -1), torch.tensor([[token]]), mask, JSD.unbiased, k)
+        loss = topk.loss(student, q.log().view(1, 1, -1), torch.tensor([[token]]), mask, JSD.w_f, k)
         gradients.append(torch.autograd.grad(loss, student)[0].flatten())
     g = torch.stack(gradients)
     return ((p * g.square().sum(1)).sum() - (p @ g).square().sum()).item()
@@ -101,7 +100,7 @@ def test_under_opd_with_jsd_an_overrated_token_shrinks_below_a_divergence_of_hal
     q = torch.tensor([1e-9, 0.999, 0.001], dtype=torch.float64)  # token 0 is overrated by far
     students = torch.tensor([[0.2, 0.7, 0.1], [0.05, 0.9, 0.05], [0.2, 0.01, 0.79], [0.05, 1e-3, 0.949]]).double()
     divergence = (students * JSD.f((q / students).log())).sum(-1)
-    change = law.update(law.of_u(JSD.stop_gradient), students.log(), q.log())[:, 0]
+    change = law.update(law.of_u(JSD.reward), students.log(), q.log())[:, 0]
     assert (divergence > LN2 / 2).tolist() == [False, False, True, True]
     assert (change > 0).tolist() == [False, False, True, True]
     notebook = words("notebooks/01_estimator_bias.ipynb")
@@ -111,10 +110,10 @@ def test_under_opd_with_jsd_an_overrated_token_shrinks_below_a_divergence_of_hal
 
 def test_without_noise_opd_under_jsd_leaves_a_teacher_that_it_stands_near():
     noise = 0.3 * torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ways = law.paths(law.of_u(JSD.stop_gradient), law.TEACHER.log() + noise, law.TEACHER.log(), steps=6000)
+    ways = law.paths(law.of_u(JSD.reward), law.TEACHER.log() + noise, law.TEACHER.log(), steps=6000)
     assert ((ways[-1] - law.TEACHER).norm(dim=1) > 0.3).sum() >= 18
     far, near = (law.TEACHER.log() + noise * scale for scale in (0.1, 0.01))
-    steps = [law.update(law.of_u(JSD.stop_gradient), z.log_softmax(-1), law.TEACHER.log()) for z in (far, near)]
+    steps = [law.update(law.of_u(JSD.reward), z.log_softmax(-1), law.TEACHER.log()) for z in (far, near)]
     shrinks = steps[0].norm() / steps[1].norm()
     assert 90 < shrinks < 110  # at a tenth of the distance the update has a hundredth of the length: it leaves slowly
     page = words("notebooks/README.md")

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nano_opd import arithmetic
+from nano_opd.streams import OF_EACH_RANK, numpy_stream, torch_stream
 from nano_opd.system import config
-from nano_opd.system.streams import OF_EACH_RANK, draw_batch, draw_problems, numpy_stream, torch_stream
+from nano_opd.system.batches import draw_batch, draw_problems
 from nano_opd.tokenizer import decode
 
 

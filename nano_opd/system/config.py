@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nano_opd import arithmetic, divergences
+from nano_opd.checks import did_you_mean
 from nano_opd.gpt import GPTConfig
 from nano_opd.methods import METHODS, Method
 from nano_opd.system import device, distributed, memory
-from nano_opd.system.checks import did_you_mean
 from nano_opd.system.console import Parser, typed_path
 from nano_opd.tokenizer import VOCAB_SIZE
 

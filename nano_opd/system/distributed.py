@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nano_opd import checks
+from nano_opd.checks import NumericalFault
 from nano_opd.policy_gradient import Fraction
-from nano_opd.system import checks
-from nano_opd.system.checks import NumericalFault
 
 
 class RankLost(RuntimeError):
@@ -129,6 +129,11 @@ def shard(rows: list) -> list:
     """This rank's part of what is drawn for all of them."""
     n = len(rows) // world_size()
     return rows[rank() * n : (rank() + 1) * n]
+
+
+def own(purpose: str) -> str:
+    """Return the name of this rank's own random stream of a purpose; rank 0 has that of a run with one process."""
+    return purpose if rank() == 0 else f"{purpose} of rank {rank()}"
 
 
 def replicate(model: nn.Module) -> nn.Module:

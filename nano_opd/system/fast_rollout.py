@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from nano_opd import rollout
+from nano_opd.checks import require_finite
 from nano_opd.gpt import GPT, Cache
 from nano_opd.rollout import Rollout, choose, require_sizes
-from nano_opd.system.checks import require_finite
 from nano_opd.system.device import any_order
 from nano_opd.system.distributed import unwrap
 from nano_opd.tokenizer import EOS, PAD

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from nano_opd import arithmetic, gpt, policy_gradient, rollout, sft, tokenizer
-from nano_opd.system import checkpoint, distributed, sources, streams
+from nano_opd import arithmetic, gpt, policy_gradient, rollout, sft, streams, tokenizer
+from nano_opd.system import checkpoint, distributed, sources
 from nano_opd.system.config import Config
 from nano_opd.system.console import say
 

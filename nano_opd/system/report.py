@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from nano_opd import arithmetic
-from nano_opd.evaluate import pass_at_k, prompts_of, response_texts, rewards, slots_of, wilson
+from nano_opd.arithmetic import prompts_of, response_texts, rewards, slots_of
+from nano_opd.evaluate import pass_at_k, wilson
 from nano_opd.gpt import GPT
+from nano_opd.streams import torch_stream
 from nano_opd.system import checkpoint, distributed
+from nano_opd.system.batches import draw_problems
 from nano_opd.system.console import say
 from nano_opd.system.fast_rollout import sampler
 from nano_opd.system.libraries import Figure
 from nano_opd.system.runs import Run
-from nano_opd.system.streams import draw_problems, torch_stream
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe–Ito: colour-blind readers can tell them apart
 

@@ -17,14 +17,14 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from nano_opd.checks import NumericalFault, require_finite
 from nano_opd.gpt import GPT
+from nano_opd.streams import torch_stream
 from nano_opd.system import checkpoint, distributed, folder, threads
-from nano_opd.system.checks import NumericalFault, require_finite
 from nano_opd.system.config import Config
 from nano_opd.system.console import say
 from nano_opd.system.device import keep_freed_memory, resolve
 from nano_opd.system.libraries import tqdm
-from nano_opd.system.streams import torch_stream
 
 # Row n describes the student after n updates, then the update that follows. An empty cell was not measured.
 COLUMNS = (

@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 
-import bench
 import numpy as np
 import pytest
 import torch
 from conftest import started, wait_until
+from lab import bench
 from test_train import ROOT, command, refused, run
 
 import train

@@ -5,11 +5,10 @@ import json
 import sys
 from types import SimpleNamespace
 
-import bench
 import numpy as np
 import pytest
-import speed
 import torch
+from lab import bench, speed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nano_opd import rollout
+from nano_opd.checks import NumericalFault
 from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.rollout import response_logits, response_logprobs
 from nano_opd.system import fast_rollout
-from nano_opd.system.checks import NumericalFault
 from nano_opd.system.fast_rollout import TOKENS_AT_ONCE, sampler
 from nano_opd.tokenizer import EOS, PAD, VOCAB_SIZE
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import new_model
 
-from nano_opd import arithmetic, exact, exact_rewards, rlsd
-from nano_opd.evaluate import prompts_of
+from nano_opd import arithmetic, exact, rlsd
+from nano_opd.arithmetic import prompts_of
+from nano_opd.exact import rewards as exact_rewards
 from nano_opd.rollout import response_logits, sample
 from nano_opd.tokenizer import EOS, VOCAB_SIZE
 

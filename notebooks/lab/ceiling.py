@@ -25,8 +25,9 @@ from nano_opd import arithmetic, grpo, policy_gradient, rlsd, sft
 from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS, Loss, Scored
 from nano_opd.rollout import response_logprobs
+from nano_opd.streams import torch_stream
+from nano_opd.system.batches import draw_batch
 from nano_opd.system.config import Config
-from nano_opd.system.streams import draw_batch, torch_stream
 from nano_opd.tokenizer import decode
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import figures
 import numpy as np
 import pytest
+from lab.seeds import mean_interval
 from matplotlib.colors import to_rgb
 from PIL import Image
-from seeds import mean_interval
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 

@@ -23,14 +23,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import bench
 import figures
 import numpy as np
 import torch
-from bench import VOCAB_SIZE, B, P, R, new_model, new_pair, observe, paired_ratio, phases, take_turns
+from lab import bench
+from lab.bench import VOCAB_SIZE, B, P, R, new_model, new_pair, observe, paired_ratio, phases, take_turns
 from matplotlib.figure import Figure
 
-from nano_opd.gpt import GPTConfig, logprobs_of
+from nano_opd.gpt import GPTConfig
+from nano_opd.policy_gradient import logprobs_of
 from nano_opd.rollout import response_logits, response_logprobs
 from nano_opd.system import threads
 from nano_opd.system.config import Config

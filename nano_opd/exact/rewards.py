@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.func import grad, jacrev
 
 from nano_opd import grpo
-from nano_opd.exact import Moments, World, at
+from nano_opd.exact.enumeration import Moments, World, at
 
 
 def values(world: World, reward: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import train
-from nano_opd import arithmetic, grpo, rlsd
-from nano_opd.evaluate import prompts_of, slots_of
+from nano_opd import arithmetic, grpo, rlsd, streams
+from nano_opd.arithmetic import prompts_of, slots_of
+from nano_opd.checks import NumericalFault
 from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS
 from nano_opd.rollout import Rollout, sample
-from nano_opd.system import checkpoint, config, console, distributed, streams
-from nano_opd.system.checks import NumericalFault
+from nano_opd.system import checkpoint, config, console, distributed
 from nano_opd.system.fast_rollout import sampler
 
 ROOT = Path(__file__).parents[1]

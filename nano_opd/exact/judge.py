@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, exp
 
+from nano_opd.checks import require_finite
 from nano_opd.divergences import Divergence, get
-from nano_opd.law import NAMED, STUDENTS, TEACHER, generator, of_u, paths, update
-from nano_opd.system.checks import require_finite
+from nano_opd.exact.law import NAMED, STUDENTS, TEACHER, generator, of_u, paths, update
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ def judge(advantage: Callable[[Tensor, Tensor], Tensor], against: str = "reverse
         if (basis @ c - w).abs().max() <= 1e-8 * size:
             name = " + ".join(f"{k:.3g} {n}" for k, n in zip(c[:, 0].tolist(), names)).replace("+ -", "− ")
             break
-    plus = of_u(d.unbiased)
+    plus = of_u(d.w_f)
     u, g, p = update(A, log_p, log_q), update(plus, log_p, log_q), log_p.exp()
     second = [(p * m(log_p, log_q) ** 2 * (1 - 2 * p + (p * p).sum(-1, True))).sum() for m in (A, plus)]  # E‖A ∇log p‖²
     speed = 0.6 / update(A, STUDENTS.log(), TEACHER.log()).norm(dim=-1).mean().clamp(min=1e-9)  # the way is the same

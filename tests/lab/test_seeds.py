@@ -3,8 +3,8 @@
 import math
 
 import pytest
-import seeds
 import torch
+from lab import seeds
 from scipy import stats
 
 

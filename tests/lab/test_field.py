@@ -6,11 +6,11 @@ from functools import cache
 
 import pytest
 import torch
-from field import LAMBDA, ROWS, jsd, reference, skl, srkl, target, top
+from lab.field import LAMBDA, ROWS, jsd, reference, skl, srkl, target, top
 from torch import exp
 
 from nano_opd import divergences, exact
-from nano_opd.judge import STUDENTS, TEACHER, judge, paths, update
+from nano_opd.exact.judge import STUDENTS, TEACHER, judge, paths, update
 
 BY_NAME = {row.name: row for row in ROWS}
 Z, TEACHERS = 1.5 * torch.randn(2, 40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -93,7 +93,7 @@ def test_the_mixtures_are_divergences(d):
     """f as written has the f′ and w_f as written, f(1) = 0, f″ > 0; and JSD(½) is that of divergences.py."""
     x = X.clone().requires_grad_()
     close(torch.autograd.grad(d.f(x).sum(), x)[0] * exp(-x), d.f_prime(x))
-    close(d.unbiased(X), -d.f(X) + exp(X) * d.f_prime(X), rtol=1e-9, atol=1e-9)
+    close(d.w_f(X), -d.f(X) + exp(X) * d.f_prime(X), rtol=1e-9, atol=1e-9)
     assert d.f(torch.zeros(1)).abs() < 1e-7 and (d.f_prime(X).diff() > 0).all()
     if d.name == "JSD(β=0.5)":
         close(d.f(X), divergences.get("jsd").f(X), rtol=1e-9, atol=1e-12)
@@ -112,14 +112,14 @@ def test_the_skewed_divergences(alpha):
     mixed = lambda a, b: torch.logaddexp(a + math.log(alpha), b + math.log(1 - alpha))  # ln(α a + (1−α) b)
     close(value(skl(alpha))(P, Q), (exp(Q) * (Q - mixed(Q, P))).sum(-1))
     close(value(srkl(alpha))(P, Q), (exp(P) * (P - mixed(P, Q))).sum(-1))
-    assert (skl(alpha).unbiased(X) <= (1 - alpha) / alpha).all() and (srkl(alpha).f(X).diff() < 0).all()
+    assert (skl(alpha).w_f(X) <= (1 - alpha) / alpha).all() and (srkl(alpha).f(X).diff() < 0).all()
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.5, 0.9])
 def test_topd_is_opdplus_under_the_generalised_jsd(alpha):
     A = lambda x: (alpha * exp(x) + 1 - alpha).log()
-    close(A(X), jsd(alpha).unbiased(X) / (1 - alpha))
-    close(A(X), srkl(1 - alpha).stop_gradient(X))  # and OPD under KL(p ‖ αq + (1−α)p)
+    close(A(X), jsd(alpha).w_f(X) / (1 - alpha))
+    close(A(X), srkl(1 - alpha).reward(X))  # and OPD under KL(p ‖ αq + (1−α)p)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1, 2, 5])

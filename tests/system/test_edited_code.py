@@ -11,10 +11,9 @@ import sys
 import threading
 from pathlib import Path
 
-import bench
 import numpy as np
 import pytest
-import reproduce
+from lab import bench, reproduce
 from test_reproduce import TINY as TINY_ARM
 from test_reproduce import tiny  # noqa: F401, a fixture
 from test_train import ROOT, TINY, metrics, refused, run, same, snapshot

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import ceiling
 import figures
-import reproduce
-from seeds import equivalence_p, holm, mean_interval, paired_p
+from lab import ceiling, reproduce
+from lab.seeds import equivalence_p, holm, mean_interval, paired_p
 
 Results = dict[str, list[list[dict]]]  # arm → one list of rows per seed
 

@@ -27,10 +27,10 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import ceiling
 import numpy
 import torch
-from bench import processor
+from lab import ceiling
+from lab.bench import processor
 
 from nano_opd.system import config, sources
 from nano_opd.system.console import Parser, accept_any_text, typed_path

@@ -29,7 +29,7 @@ from torch.func import grad, vmap
 
 from nano_opd import policy_gradient
 from nano_opd.divergences import Divergence
-from nano_opd.gpt import logprobs_of
+from nano_opd.policy_gradient import logprobs_of
 
 OBJECTIVES = ("prefix", "return", "sequence")
 MAX_RESPONSES = 10**6

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from bench import B, P, R, machine, markdown, measure, new_model, new_pair
+from lab.bench import B, P, R, machine, markdown, measure, new_model, new_pair
 
 import train
 from nano_opd import arithmetic, rollout
@@ -20,10 +20,10 @@ from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS
 from nano_opd.rollout import Rollout, response_logprobs
 from nano_opd.system import config
+from nano_opd.system.batches import draw_batch
 from nano_opd.system.console import Parser, accept_any_text, typed_path
 from nano_opd.system.device import has_compiler, resolve
 from nano_opd.system.fast_rollout import sampler
-from nano_opd.system.streams import draw_batch
 from nano_opd.tokenizer import EOS, PAD, encode
 
 WITHIN = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # relative, of what is the same but for rounding

@@ -14,7 +14,7 @@ from torch import Tensor, exp, expm1, log1p, logaddexp
 
 from nano_opd import divergences
 from nano_opd.divergences import Divergence
-from nano_opd.law import generator, of_u
+from nano_opd.exact.law import generator, of_u
 
 Pair = Callable[[Tensor, Tensor], Tensor]
 ALPHA, BETA, LAMBDA, TAU, K = 0.2, 0.3, 1.25, 0.1, 2  # of the rows below; any other would do
@@ -41,7 +41,7 @@ def D(name: str) -> Pair:
 
 def opd(name: str, called: str, exactly: str) -> Row:
     d = divergences.get(name)
-    return Row(f"OPD, {called}", "−f(u)", OPD, exactly, of_u(d.stop_gradient), mean(generator(d.stop_gradient).f))
+    return Row(f"OPD, {called}", "−f(u)", OPD, exactly, of_u(d.reward), mean(generator(d.reward).f))
 
 
 def mix(a: float) -> Callable[[Tensor], Tensor]:
@@ -56,7 +56,7 @@ def jsd(b: float) -> Divergence:
         f"JSD(β={b})",
         f=lambda x: b * exp(x) * (x - m(x)) - (1 - b) * m(x),
         f_prime=lambda x: b * (x - m(x)),
-        unbiased=lambda x: (1 - b) * m(x),
+        w_f=lambda x: (1 - b) * m(x),
     )
 
 
@@ -67,7 +67,7 @@ def skl(a: float) -> Divergence:
         f"SKL(α={a})",
         f=lambda x: exp(x) * (x - m(x)),
         f_prime=lambda x: x - m(x) + 1 - a * exp(x - m(x)),
-        unbiased=lambda x: (1 - a) * exp(x - m(x)),
+        w_f=lambda x: (1 - a) * exp(x - m(x)),
     )
 
 
@@ -78,7 +78,7 @@ def srkl(a: float) -> Divergence:
         f"SRKL(α={a})",
         f=lambda x: -m(x),
         f_prime=lambda x: -(1 - a) * exp(-m(x)),
-        unbiased=lambda x: m(x) - (1 - a) * exp(x - m(x)),
+        w_f=lambda x: m(x) - (1 - a) * exp(x - m(x)),
     )
 
 
@@ -160,7 +160,7 @@ ROWS = [
         "−f + u f′",
         "OPD+ 2606.01039 (read)",
         "D_f. Here Jensen–Shannon; all others in test_judge.py.",
-        of_u(divergences.get("jsd").unbiased),
+        of_u(divergences.get("jsd").w_f),
         D("jsd"),
     ),
     Row(
@@ -168,7 +168,7 @@ ROWS = [
         "(1−β) ln(βu + 1 − β)",
         "GKD 2306.13649; TRL, experimental/gkd/gkd_trainer.py (code read)",
         "JSD(β). It is β KL(q‖p) near β = 0 and (1−β) KL(p‖q) near 1: it vanishes. At 0 and 1 TRL jumps to the KLs.",
-        of_u(jsd(BETA).unbiased),
+        of_u(jsd(BETA).w_f),
         mean(jsd(BETA).f),
     ),
     Row(
@@ -176,7 +176,7 @@ ROWS = [
         "(1−α) u / (αu + 1 − α)",
         "DistiLLM 2402.03898, distillm/losses.py (code read)",
         "KL(q ‖ αq + (1−α)p). A is below (1−α)/α.",
-        of_u(skl(ALPHA).unbiased),
+        of_u(skl(ALPHA).w_f),
         mean(skl(ALPHA).f),
     ),
     Row(
@@ -184,7 +184,7 @@ ROWS = [
         "ln m − (1−α) u/m, m = (1−α) u + α",
         "DistiLLM 2402.03898, distillm/losses.py (code read)",
         "KL(p ‖ (1−α)q + αp).",
-        of_u(srkl(ALPHA).unbiased),
+        of_u(srkl(ALPHA).w_f),
         mean(srkl(ALPHA).f),
     ),
     Row(

@@ -10,10 +10,9 @@ import math
 import statistics
 from pathlib import Path
 
-import bench
 import figures
-import reproduce
-from claims import (
+from lab import bench, reproduce
+from lab.claims import (
     BASELINE,
     CLAIMS,
     JSD,
@@ -33,7 +32,8 @@ from claims import (
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nano_opd import divergences, law
+from nano_opd import divergences
+from nano_opd.exact import law
 from nano_opd.system.console import Parser, accept_any_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,7 +192,7 @@ def flows() -> tuple[dict[str, dict[str, Tensor]], Tensor]:
     """Where the expected updates of OPD and OPD+ take 55 students over three tokens, and the teacher."""
     rows = {"OPD": {}, "OPD+": {}}
     for d in map(divergences.get, reproduce.DIVERGENCES[:3]):
-        for row, A in zip(rows, (d.stop_gradient, d.unbiased)):
+        for row, A in zip(rows, (d.reward, d.w_f)):
             rows[row][figures.NAMES[d.name]] = law.paths(law.of_u(A), law.STUDENTS.log(), law.TEACHER.log())
     return rows, law.TEACHER
 

@@ -3,11 +3,10 @@
 import copy
 import json
 
-import bench
-import check_gpu
 import numpy as np
 import pytest
 import torch
+from lab import bench, check_gpu
 from torch.utils.flop_counter import FlopCounterMode
 
 import train

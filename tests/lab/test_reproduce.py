@@ -11,8 +11,8 @@ from pathlib import Path
 
 import figures
 import pytest
-import reproduce
 from conftest import wait_until
+from lab import reproduce
 
 import train
 from nano_opd.system import config
@@ -196,7 +196,7 @@ def test_without_links_or_with_no_jobs(tiny, monkeypatch, capsys):
 def test_an_interrupt_ends_the_runs_in_hand_and_begins_no_other(tmp_path):
     lines = f"""
 import sys
-import reproduce
+from lab import reproduce
 reproduce.QUICK = ""
 arms = {{str(n): f"--method grpo --seed {{n}}" for n in range(4)}}
 reproduce.EXPERIMENTS = {{"long": reproduce.Experiment("{TINY} --steps 100000 --eval-every 2", arms, 1, 1)}}

@@ -7,12 +7,10 @@ import shutil
 import statistics
 from pathlib import Path
 
-import claims
 import figures
 import numpy as np
-import pages
 import pytest
-import reproduce
+from lab import claims, pages, reproduce
 from PIL import Image
 
 from nano_opd.system import config, runs

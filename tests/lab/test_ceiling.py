@@ -3,19 +3,19 @@
 import copy
 from functools import partial
 
-import ceiling
 import credit
 import pytest
 import torch
 from conftest import new_model
+from lab import ceiling
 
 import train
 from nano_opd import arithmetic, grpo, rlsd, sft
-from nano_opd.evaluate import rewards
+from nano_opd.arithmetic import rewards
 from nano_opd.methods import Scored
 from nano_opd.rollout import response_logprobs, sample
 from nano_opd.system import config
-from nano_opd.system.streams import draw_batch
+from nano_opd.system.batches import draw_batch
 from nano_opd.tokenizer import EOS, PAD, decode, encode
 
 CFG = config.parse("--method rlsd --digits 2 --batch-size 16 --lr 0.01".split())

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, exp
 
+from nano_opd.checks import require_log_probs
 from nano_opd.divergences import DIVERGENCES, Divergence
-from nano_opd.system.checks import require_log_probs
 
 STUDENTS = torch.tensor([[a, b, 12 - a - b] for a in range(1, 12) for b in range(1, 12 - a)], dtype=torch.float64) / 12
 TEACHER = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-NAMED = {name: d.unbiased for name, d in DIVERGENCES.items() if name not in ("k3", "jsd_falling")}  # w of log u
+NAMED = {name: d.w_f for name, d in DIVERGENCES.items() if name not in ("k3", "jsd_falling")}  # w of log u
 NAMED |= {
     f"JSD(β={b})": lambda x, b=b: (1 - b) * torch.log1p(b * torch.expm1(x)) for b in (0.1, 0.2, 0.3, 0.7, 0.8, 0.9)
 }
@@ -34,7 +34,7 @@ NAMED |= {
 def generator(advantage: Callable[[Tensor], Tensor], name: str = "h") -> Divergence:
     """The generator h, with h(1) = h′(1) = 0, whose w_h is the advantage up to the constant A(1).
 
-    advantage  A as a function of log u, elementwise and without a jump but at u = 1, as divergence.stop_gradient
+    advantage  A as a function of log u, elementwise and without a jump but at u = 1, as divergence.reward
 
     The integral is a Gauss–Legendre sum of 64 terms, good to 1e-9 in float64 for |log u| ≤ 8 and a smooth A.
     """
@@ -46,11 +46,11 @@ def generator(advantage: Callable[[Tensor], Tensor], name: str = "h") -> Diverge
         return exp(x) * x * (w * (advantage(sx) - advantage(torch.zeros_like(sx))) * exp(-sx)).sum(-1)
 
     rest = lambda x: advantage(x) - advantage(torch.zeros_like(x))
-    return Divergence(name, f=h, f_prime=lambda x: exp(-x) * (h(x) + rest(x)), unbiased=rest)
+    return Divergence(name, f=h, f_prime=lambda x: exp(-x) * (h(x) + rest(x)), w_f=rest)
 
 
 def of_u(advantage: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """An advantage of log u alone, as divergence.unbiased, as one of log_p and log_q, as `update` takes it."""
+    """An advantage of log u alone, as divergence.w_f, as one of log_p and log_q, as `update` takes it."""
     return lambda log_p, log_q: advantage(log_q - log_p)
 
 

@@ -4,24 +4,25 @@ import copy
 import math
 import re
 
-import claims
 import credit
 import figures
 import numpy as np
 import pytest
-import reproduce
 import torch
 from conftest import new_model
+from lab import claims, reproduce
+from lab.seeds import paired_p
 from scipy import stats
-from seeds import paired_p
 
 import train
 from nano_opd import arithmetic, divergences, rollout, sft
-from nano_opd.evaluate import evaluate, prompts_of, slots_of, wilson
+from nano_opd.arithmetic import prompts_of, slots_of
+from nano_opd.evaluate import evaluate, wilson
 from nano_opd.gpt import GPT
 from nano_opd.rollout import sample
+from nano_opd.streams import numpy_stream, torch_stream
 from nano_opd.system import checkpoint, config, folder, report, runs
-from nano_opd.system.streams import draw_problems, numpy_stream, torch_stream
+from nano_opd.system.batches import draw_problems
 from nano_opd.tokenizer import PAD
 
 TINY = (
@@ -256,7 +257,7 @@ def test_the_lines_of_the_rewards_figure_are_what_their_labels_say():
         lines, d = {line.get_label(): line for line in ax.lines}, divergences.get(name)
         x = torch.as_tensor(lines["OPD: −f(u)"].get_xdata())
         torch.testing.assert_close(torch.as_tensor(lines["OPD: −f(u)"].get_ydata()), -d.f(x))
-        torch.testing.assert_close(torch.as_tensor(lines["OPD+: w_f(u)"].get_ydata()), d.unbiased(x))
+        torch.testing.assert_close(torch.as_tensor(lines["OPD+: w_f(u)"].get_ydata()), d.w_f(x))
 
 
 # -------------------------------------------------------------------------------------------------------------- credit
