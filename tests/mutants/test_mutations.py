@@ -164,6 +164,9 @@ MUTATIONS = {
         ("eps_w: float = option(0.2,", "eps_w: float = option(0.3,", "wires: papers_settings"),
         ("made |= METHODS[method].recipe", "made |= {}", "train: recipe"),
         ("needs(method)] or list(METHODS)", "needs(method)]", "train: recipe"),
+        ("if not _has_type(value, field.type):", "if False:", "edited_code: made_by_hand"),
+        ("elif getattr(self, field.name) != defaults[field.name]:", "elif False:", "edited_code: made_by_hand"),
+        ("float(getattr(self, field.name))", "getattr(self, field.name)", "edited_code: the_same_run"),
     ],
     "rollout.py": [
         ("unfinished & (token != EOS)", "unfinished", "rollout: first_eos"),
@@ -341,7 +344,17 @@ MUTATIONS = {
     "system/checkpoint.py": [
         ("if there.get(name) != here[name]", "if name in there and there[name] != here[name]", "wires: lacks_what"),
     ],
-    "system/folder.py": [('"sft_lr", "reference_slot"', '"reference_slot"', "wires: another_file")],
+    "system/folder.py": [
+        ('"sft_lr", "reference_slot"', '"reference_slot"', "wires: another_file"),
+        ("there.get(name) != code.get(name)", "name not in there", "edited_code: by_other_code"),
+        ("if len(different) == 1:", "if different:", "edited_code: names_the_run"),
+        (
+            "theirs, ours = other.not_default, cfg.not_default",
+            "theirs, ours = vars(other), vars(cfg)",
+            "edited_code: brings",
+        ),
+    ],
+    "system/sources.py": [('LEFT_OUT = ("checkpoint", ', "LEFT_OUT = (", "edited_code: decides_no_number")],
     "system/report.py": [
         ("torch.stack(correct, 1)", "torch.stack(correct)", "wires: pass_at_4"),
         ('generator, "work")', "generator)", "wires: pass_at_4"),
@@ -350,6 +363,13 @@ MUTATIONS = {
         ("stop.check()  # a signal", "None  # a signal", "train: after_the_last_update"),
         ("torch_stream(self.cfg.seed, f", "torch_stream(0, f", "wires: two_seeds"),
         ('self.started - state["seconds"]', "self.started", "wires: clock"),
+        (
+            "self.cfg.run_key(resumed=True) | self.code",
+            "self.cfg.run_key(resumed=True)",
+            "edited_code: without_config_json",
+        ),
+        ("if not os.path.exists(self", "if False and os.path.exists(self", "edited_code: comes_back_whole"),
+        ("is not threading.main_thread()", "is None", "edited_code: another_thread"),
     ],
     "../notebooks/reproduce.py": [
         ('("loss", "grad_norm", "clip', '("grad_norm", "clip', "wires: every_column"),
@@ -370,6 +390,8 @@ MUTATIONS = {
         ('if row["experiment"] != experiment]', 'if row["experiment"] == experiment]', "reproduce: not_run_twice"),
         ('if changed else "")', 'if not changed else "")', "reproduce: commit_is_named"),
         ("if run.oracle in ceiling.ARMS", "if False", "reproduce: place_of_the_update"),
+        ("CODE | self.code_of_oracle)", "CODE)", "edited_code: by_other_code"),
+        ("mock.patch.dict(train.CODE, run.code_of_oracle)", "mock.patch.dict({})", "edited_code: by_other_code"),
     ],
     "../notebooks/ceiling.py": [
         (".flip(1).cumsum(1).flip(1)", ".cumsum(1)", "ceiling: go_on_as_taught"),
