@@ -432,7 +432,6 @@ OF_A_RUN = {
         ),
     ],
     "gpt.py": [('(2 if "blocks" in name else 1)', "1", "wires_held: gain_of_two")],
-    "evaluate.py": [('"truncated": rollout.', '"truncated": greedy.', "wires_held: of_the_sampled_answers")],
     "sft.py": [
         ("betas=(0.9, 0.95)", "betas=(0.9, 0.999)", "wires_held: betas"),
         ("betas=(0.9, 0.95)", "betas=(0.8, 0.95)", "wires_held: betas"),
