@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nano_opd import arithmetic
-from nano_opd.streams import OF_EACH_RANK, numpy_stream, torch_stream
+from nano_opd.streams import numpy_stream, torch_stream
 from nano_opd.system import config
 from nano_opd.system.batches import draw_batch, draw_problems
 from nano_opd.tokenizer import decode
@@ -20,23 +20,6 @@ def test_equal_keys_give_equal_draws_and_any_other_key_gives_others():
     torch.manual_seed(123)  # no global state takes part
     assert {tuple(torch.rand(4, generator=torch_stream(*key)).tolist()) for key in keys} == torch_draws
     assert {tuple(numpy_stream(*key).integers(2**60, size=4).tolist()) for key in keys} == numpy_draws
-
-
-def test_every_rank_draws_its_own_answers_and_references_and_all_draw_the_same_problems(monkeypatch):
-    def draws(purpose):
-        return numpy_stream(0, purpose, 3).integers(2**60), torch.rand(1, generator=torch_stream(0, purpose, 3)).item()
-
-    purposes = ("rollout", "reference", "problems", "held-out", "evaluation", "answers", "student weights")
-    alone = {purpose: draws(purpose) for purpose in purposes}
-    of_rank = []
-    for rank in (0, 1, 2):
-        monkeypatch.setenv("WORLD_SIZE", "3")
-        monkeypatch.setenv("RANK", str(rank))
-        of_rank.append({purpose: draws(purpose) for purpose in purposes})
-    assert of_rank[0] == alone  # rank 0 goes on as if it were alone
-    for purpose in purposes:
-        assert len({ranks[purpose] for ranks in of_rank}) == (3 if purpose in OF_EACH_RANK else 1)
-    assert set(OF_EACH_RANK) == {"rollout", "reference"}
 
 
 @pytest.mark.parametrize("method", ["opdplus", "grpo", "rlsd"])

@@ -197,7 +197,7 @@ MUTATIONS = {
         ("if len(of_model) == KEPT:", "if False:", "fast_rollout: is_replayed"),
         ("state, graphs  # not", "(state, extend), graphs  # not", "fast_rollout: is_replayed"),
     ],
-    "system/checks.py": [
+    "checks.py": [
         ("if advantage.requires_grad:", "if False:", "estimators: misuse"),
     ],
     "methods.py": [
@@ -243,26 +243,39 @@ MUTATIONS = {
     ],
     "../train.py": [
         ("if epoch == 0:", "if True:", "methods: rewarded"),
-        ('"optimizer": optimizer, "teacher": teacher}', '"optimizer": optimizer}', "train: keeps_its_teacher"),
+        ("optimizer=optimizer, teacher=teacher)", "optimizer=optimizer)", "train: keeps_its_teacher"),
         ("teacher.config.n_embd)", "student.config.n_embd)", "train: precision_is"),
-        ("prompt_length, teacher_prompts)", "prompt_length, prompts)", "methods: self_teacher"),
+        ("prompt_length, batch.teacher_prompts)", "prompt_length, batch.prompts)", "methods: self_teacher"),
         ('cfg.grad_clip or float("inf")', 'float("inf")', "methods: shortened"),
         ("4 * cfg.eval_size, held_out=True", "4 * cfg.eval_size", "methods: held_out"),
-        ('"rollout", step, device)', '"rollout", 0, device)', "train: other_problems"),
+        ('own("rollout"), step, device)', 'own("rollout"), 0, device)', "train: other_problems"),
+        ('distributed.own("rollout")', '"rollout"', "wires: every_rank"),
+        ("student_logits=student_logits,", "student_logits=teacher_logits,", "methods: distillation"),
+        ("if METHODS[cfg.method].samples else", "if True else", "train: every_method"),
         (
             "replicate(compiled(cfg.compile, student))",
             "replicate(compiled(cfg.compile, teacher))",
             "train: every_method_trains",
         ),
         ("step % cfg.teacher_sync == 0", "step == 0", "train: frozen_synced"),
-        ("evaluate(student, teacher, problems", "evaluate(student, student, problems", "wires: first_row"),
+        (
+            "                student,\n                teacher,\n                problems",
+            "                student,\n                student,\n                problems",
+            "wires: first_row",
+        ),
         ("precision(cfg.dtype, run", 'precision("auto", run', "wires: dtype"),
         ("min(1, 10 * (step + 1) / cfg.steps)", "1", "train: learning_rate"),
+        ("fall = 1 - step / cfg.steps", "fall = 1", "train: learning_rate"),
     ],
-    "system/streams.py": [
+    "system/batches.py": [
         (
-            '(slots_of(problems, "blank"), references)',
-            '(references, slots_of(problems, "blank"))',
+            'prompts=prompts_of(problems, device, slots_of(problems, "blank"))',
+            "prompts=prompts_of(problems, device, references)",
+            "methods: self_teacher",
+        ),
+        (
+            "teacher_prompts=prompts_of(problems, device, references)",
+            'teacher_prompts=prompts_of(problems, device, slots_of(problems, "blank"))',
             "methods: self_teacher",
         ),
         (
@@ -270,9 +283,11 @@ MUTATIONS = {
             '"problems", cfg.batch_size // cfg.copies)',
             "streams: drawn_anew",
         ),
-        ('"reference", step)', '"reference")', "streams: drawn_anew"),
-        ('OF_EACH_RANK = ("rollout", "reference")', "OF_EACH_RANK = ()", "streams: every_rank"),
+        ('own("reference"), step)', 'own("reference"))', "streams: drawn_anew"),
+        ('distributed.own("reference")', '"reference"', "wires: every_rank"),
         ("rng, held_out)", "rng)", "methods: held_out"),
+    ],
+    "streams.py": [
         ("zlib.crc32(purpose.encode())", "hash(purpose) % 2**32", "wires: every_process"),
     ],
     "sft.py": [
@@ -360,16 +375,18 @@ MUTATIONS = {
         ('generator, "work")', "generator)", "wires: pass_at_4"),
     ],
     "system/runs.py": [
-        ("stop.check()  # a signal", "None  # a signal", "train: after_the_last_update"),
+        ("            stop.check()\n", "            pass\n", "train: after_the_last_update"),
         ("torch_stream(self.cfg.seed, f", "torch_stream(0, f", "wires: two_seeds"),
-        ('self.started - state["seconds"]', "self.started", "wires: clock"),
+        ('self.started -= state["seconds"]', "pass", "wires: clock"),
         (
             "self.cfg.run_key(resumed=True) | self.code",
             "self.cfg.run_key(resumed=True)",
             "edited_code: without_config_json",
         ),
         ("if not os.path.exists(self", "if False and os.path.exists(self", "edited_code: comes_back_whole"),
-        ("is not threading.main_thread()", "is None", "edited_code: another_thread"),
+    ],
+    "system/signals.py": [
+        ("is threading.main_thread()", "is not None", "edited_code: another_thread"),
     ],
     "../notebooks/reproduce.py": [
         ('("loss", "grad_norm", "clip', '("grad_norm", "clip', "wires: every_column"),
@@ -421,7 +438,6 @@ OF_A_RUN = {
         ),
         ('f"{who} solutions"', '"solutions"', "wires_held: different_problems"),
         ('"evaluation", step, run', '"evaluation", 0, run', "wires_held: numbers_of_its_own"),
-        ('["blank"] * len(arithmetic.REFERENCES)', '["blank"]', "wires_held: as_many_blank"),
         ('numpy_stream(cfg.seed, f"{who} views")', 'numpy_stream(0, f"{who} views")', "wires_held: as_many_blank"),
     ],
     "methods.py": [
@@ -431,12 +447,13 @@ OF_A_RUN = {
             "wires_held: every_gamma",
         ),
     ],
-    "gpt.py": [('(2 if "blocks" in name else 1)', "1", "wires_held: gain_of_two")],
-    "sft.py": [
+    "gpt.py": [
+        ('(2 if "blocks" in name else 1)', "1", "wires_held: gain_of_two"),
         ("betas=(0.9, 0.95)", "betas=(0.9, 0.999)", "wires_held: betas"),
         ("betas=(0.9, 0.95)", "betas=(0.8, 0.95)", "wires_held: betas"),
         ("weight_decay=0.0", "weight_decay=0.01", "wires_held: betas"),
     ],
+    "sft.py": [('["blank", "blank", *arith', '["blank", *arith', "wires_held: as_many_blank")],
     "system/config.py": [
         ("solution_length(self.digits) + 5", "solution_length(self.digits) + 4", "wires_held: five_tokens_more"),
         ("solution_length(self.digits) + 5", "solution_length(self.digits) + 6", "wires_held: five_tokens_more"),
@@ -444,20 +461,28 @@ OF_A_RUN = {
     ],
     "system/runs.py": [
         (
-            "step * self.cfg.batch_size}",
-            "step * self.cfg.batch_size * self.cfg.epochs}",
+            "step * self.cfg.batch_size\n",
+            "step * self.cfg.batch_size * self.cfg.epochs\n",
             "wires_held: counts_its_rollouts",
         ),
         (
-            '{"seconds": round(self.seconds, 3)}',
-            '{"seconds": round(time.monotonic() - self.started, 3)}',
+            "round(self.seconds, 3)",
+            "round(time.monotonic() - self.started, 3)",
             "wires_held: clock_of_a_row",
         ),
-        ('"seconds": time.monotonic() - self.started,', '"seconds": self.seconds,', "wires_held: clock_of_a_resumed"),
+        (
+            'state["seconds"] = time.monotonic() - self.started',
+            'state["seconds"] = self.seconds',
+            "wires_held: clock_of_a_resumed",
+        ),
         ("self.bar.update(first)", "pass", "wires_held: bar_of_a_resumed"),
-        ('"accuracy {accuracy:.3f}', '"accuracy {greedy_accuracy:.3f}', "wires_held: under_its_own_label"),
+        ("{measured['accuracy']:.3f}", "{measured['greedy_accuracy']:.3f}", "wires_held: under_its_own_label"),
         ('f"{who} weights"', '"weights"', "wires_held: of_one_size"),
-        ("self.stop.check()\n            for", "pass\n            for", "wires_held: ends_a_warm_start"),
+        (
+            "            self.said = now\n        self.stop.check()",
+            "            self.said = now",
+            "wires_held: ends_a_warm_start",
+        ),
     ],
     "system/report.py": [
         (

@@ -122,9 +122,9 @@ def clock(monkeypatch):
         clock[0] += 1
         return update(*arguments)
 
-    def long_evaluation(*arguments):
+    def long_evaluation(*arguments, **options):
         clock[0] += 100
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(train, "update", update_of_a_second)
@@ -241,13 +241,13 @@ def test_every_step_of_teacher_and_student_is_adams_with_betas_of_0_9_and_0_95_a
 
 def test_teacher_and_student_learn_from_different_problems(tmp_path, monkeypatch):
     taught = []
-    sft_train = sft.train
+    warm_start = sft.warm_start
 
-    def noted(model, problems, *rest):
+    def noted(model, problems, *rest, **named):
         taught.append(problems)
-        return sft_train(model, problems, *rest)
+        warm_start(model, problems, *rest, **named)
 
-    monkeypatch.setattr(sft, "train", noted)
+    monkeypatch.setattr(sft, "warm_start", noted)
     run(tmp_path, *"--digits 4 --teacher-steps 2 --student-steps 2".split())
     student, teacher = taught
     assert len(student) == len(teacher) == 16 and not set(student) & set(teacher)
@@ -260,12 +260,14 @@ def views_of_a_warm_start(tmp_path, monkeypatch):
     def views(seed: int) -> list[str]:
         noted = []
 
-        def note(model, problems, batch_size, lr, styles):
-            noted.extend(styles)
-            return iter(())
+        def note(problems, device, styles):
+            if styles is not None:
+                noted.extend(styles)
+            return solution_tokens(problems, device, styles)
 
+        solution_tokens = sft.solution_tokens
         with monkeypatch.context() as patch:
-            patch.setattr(sft, "train", note)
+            patch.setattr(sft, "solution_tokens", note)
             run(tmp_path, *f"--method rlsd --student-steps 100 --seed {seed}".split())
         return noted
 
@@ -304,17 +306,19 @@ def test_a_block_starts_as_the_identity_and_reads_its_input_with_a_gain_of_two()
 
 
 def test_a_signal_ends_a_warm_start_at_once_and_nothing_of_it_is_kept(tmp_path, monkeypatch, capsys):
-    sft_train = sft.train
+    warm_start = sft.warm_start
     updates = []
 
-    def interrupted(*arguments):
-        for _ in sft_train(*arguments):
+    def interrupted(*arguments, after_update):
+        def update():
             updates.append(None)
             if len(updates) == 2:
                 signal.raise_signal(signal.SIGTERM)
-            yield
+            after_update()
 
-    monkeypatch.setattr(sft, "train", interrupted)
+        warm_start(*arguments, after_update=update)
+
+    monkeypatch.setattr(sft, "warm_start", interrupted)
     with pytest.raises(SystemExit) as end:
         run(tmp_path, "--student-steps", "9")
     assert end.value.code == 143 and len(updates) == 2
@@ -347,7 +351,7 @@ def measured(monkeypatch):
     """Let the evaluations of a run with two updates find what stands in MEASURED."""
     evaluations = []
 
-    def evaluate(*_):
+    def evaluate(*_, **__):
         evaluations.append(None)
         return {name: values[len(evaluations) - 1] for name, values in MEASURED.items()}
 
