@@ -7,7 +7,7 @@ import torch
 
 from nano_opd import arithmetic
 from nano_opd.streams import numpy_stream, torch_stream
-from nano_opd.system import config
+from nano_opd.system import config, distributed
 from nano_opd.system.batches import draw_batch, draw_problems
 from nano_opd.tokenizer import decode
 
@@ -20,6 +20,32 @@ def test_equal_keys_give_equal_draws_and_any_other_key_gives_others():
     torch.manual_seed(123)  # no global state takes part
     assert {tuple(torch.rand(4, generator=torch_stream(*key)).tolist()) for key in keys} == torch_draws
     assert {tuple(numpy_stream(*key).integers(2**60, size=4).tolist()) for key in keys} == numpy_draws
+
+
+def test_every_rank_has_a_stream_of_its_own_where_it_asks_for_one_and_rank_0_has_that_of_a_run_alone(monkeypatch):
+    def draws(purpose):
+        return numpy_stream(0, purpose, 3).integers(2**60), torch.rand(1, generator=torch_stream(0, purpose, 3)).item()
+
+    alone = draws("rollout")
+    shared, own = set(), []
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (0, 1, 2):
+        monkeypatch.setenv("RANK", str(rank))
+        shared.add(draws("rollout"))
+        own.append(draws(distributed.own("rollout")))
+    assert shared == {alone}
+    assert len(set(own)) == 3 and own[0] == alone
+
+
+def test_every_rank_draws_references_of_its_own(monkeypatch):
+    """Else the three shares of a batch would cite in the same places."""
+    cfg, device = config.Config(digits=2, batch_size=96, method="rlsd"), torch.device("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    cited = []
+    for rank in (0, 1, 2):
+        monkeypatch.setenv("RANK", str(rank))
+        cited.append(tuple("@" in decode(row) for row in draw_batch(cfg, 5, device).teacher_prompts))
+    assert len(cited[0]) == 32 and len(set(cited)) == 3
 
 
 @pytest.mark.parametrize("method", ["opdplus", "grpo", "rlsd"])

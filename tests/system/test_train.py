@@ -28,7 +28,7 @@ from nano_opd.evaluate import wilson
 from nano_opd.methods import METHODS
 from nano_opd.system import checkpoint, config, folder, report, runs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = (
     "--digits 2 --teacher-layers 1 --teacher-width 16 --student-layers 1 --student-width 8 --teacher-steps 5 "
     "--student-steps 3 --sft-batch-size 8 --batch-size 4 --eval-size 4 --eval-every 5 --steps 12"
