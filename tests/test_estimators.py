@@ -100,6 +100,19 @@ def test_what_a_top_k_is_not_given_is_refused_and_nothing_behind_the_mask_reache
             topk.loss(**given | wrong)
 
 
+def test_a_top_token_that_the_student_cannot_say_adds_nothing_where_its_advantage_is_finite():
+    """Its p A log p is 0 · ½ · (−∞): under total variation only the sampled token, outside the top 1, has a loss."""
+    student = torch.tensor([[[-math.inf, 0.0, 1.0, 2.0]]], requires_grad=True)
+    teacher = torch.tensor([[[3.0, 0.0, 1.0, 2.0]]])
+    sampled = torch.tensor([[3]])
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    loss = topk.loss(student, teacher, sampled, mask, divergences.get("tv").w_f, k=1)
+    loss.backward()
+    student_logp = student.detach().log_softmax(-1)[0, 0, 3]
+    assert loss.item() == pytest.approx(0.5 * student_logp.item())  # the teacher is less sure of it: A = −½
+    assert student.grad.isfinite().all() and student.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("stop_gradient", [False, True])
 def test_a_few_responses_at_a_time_are_all_of_them(stop_gradient, logits, monkeypatch):
     """As for a large vocabulary: the same loss, gradient and baseline as in one piece."""

@@ -84,9 +84,10 @@ def test_a_token_that_has_gone_far_enough_has_no_gradient_and_one_that_went_astr
     assert (logp.grad != 0)[0].tolist() == moved
 
 
-def test_what_stands_behind_the_mask_never_matters(batch):
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_what_stands_behind_the_mask_never_matters(sign, batch):
     logp, old_logp, mask = batch
-    A = torch.ones(8, dtype=torch.float64)
+    A = torch.full((8,), sign, dtype=torch.float64)
     dirty = torch.where(mask, logp, torch.tensor([math.inf, -math.inf, math.nan, 99.0, -99.0]))
     clean = grpo.clipped_surrogate(logp, old_logp, A, mask, 0.2, 0.28)
     x = dirty.requires_grad_()
