@@ -58,7 +58,7 @@ def test_a_method_file_knows_tensors_only(name):
 
 
 def test_the_twins_differ_in_the_papers_correction_alone():
-    """opd.py and opdplus.py have the same statements, in order, but for a token's own term and the mean of that term."""
+    """opd.py and opdplus.py are the same statements in one order, save a token's own term and the mean of that term."""
     differing = []
     opd = code_without_docstrings(PACKAGE / "opd.py")
     opdplus = code_without_docstrings(PACKAGE / "opdplus.py")
