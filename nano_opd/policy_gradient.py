@@ -60,7 +60,7 @@ def logprobs_from(x: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
         return logprobs_of(tokens, logits)
 
     rows = rows_at_once(positions=1, vocabulary=len(weight))
-    return in_parts(logprobs, rows, x, tokens)
+    return _in_parts(logprobs, rows, x, tokens)
 
 
 def reduce(terms: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
@@ -154,10 +154,10 @@ def a_few_at_a_time(sum_over_vocabulary: Callable[..., Tensor], logits: Tensor, 
     logits (B, R, V), others (B, …)
     """
     _, positions, vocabulary = logits.shape
-    return in_parts(sum_over_vocabulary, rows_at_once(positions, vocabulary), logits, *others)
+    return _in_parts(sum_over_vocabulary, rows_at_once(positions, vocabulary), logits, *others)
 
 
-def in_parts(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
+def _in_parts(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
     """Return function(*tensors), computed for so many rows of the tensors at a time.
 
     The backward pass computes each part once more, so that no more than one part's logits are in memory.
