@@ -49,7 +49,8 @@ MUTATIONS = {
         ("teacher_logp.topk(", "student_logp.topk(", "methods: distillation"),
         ("-(of_top + of_sampled)", "-of_top", "exact: top_k"),
         ("outside = mask & (top != tokens).all(-1)", "outside = mask", "exact: top_k"),
-        ("torch.where(p_times_A == 0, 0.0, top_logp)", "top_logp", "exact: not_in_the_sum"),
+        ("min(k, vocabulary)", "vocabulary", "exact: not_in_the_sum"),
+        ("torch.where(p_times_A == 0, 0.0, top_logp)", "top_logp", "estimators: cannot_say"),
     ],
     "policy_gradient.py": [
         ("reduce(-advantage * logp", "reduce(advantage * logp", "estimators: grad_logp"),
