@@ -285,7 +285,11 @@ MUTATIONS = {
     "gpt.py": [
         ("is_causal=True", "is_causal=False", "gpt: only_the_past"),
         ("self.position.weight[at]", "self.position.weight[:T]", "gpt: cached_logits"),
-        ("with autocast(enabled=False) if lower", "with autocast() if lower", "wires: dtype"),
+        (
+            "with self.autocast(enabled=False):  # a logit",
+            "with self.autocast(enabled=True):  # a logit",
+            "wires: dtype",
+        ),
     ],
     "law.py": [
         ("(1 - b) * torch.log1p", "b * torch.log1p", "judge: name_is_found"),
@@ -409,7 +413,12 @@ OF_A_RUN = {
             "wires_held: every_gamma",
         ),
     ],
-    "gpt.py": [('(2 if "blocks" in name else 1)', "1", "wires_held: gain_of_two")],
+    "gpt.py": [
+        ("return 2 * n_embd**-0.5", "return n_embd**-0.5", "wires_held: gain_of_two"),
+        ("betas=(0.9, 0.95)", "betas=(0.9, 0.999)", "wires_held: betas"),
+        ("betas=(0.9, 0.95)", "betas=(0.8, 0.95)", "wires_held: betas"),
+        ("weight_decay=0.0", "weight_decay=0.01", "wires_held: betas"),
+    ],
     "evaluate.py": [('"truncated": rollout.', '"truncated": greedy.', "wires_held: of_the_sampled_answers")],
     "sft.py": [
         ("betas=(0.9, 0.95)", "betas=(0.9, 0.999)", "wires_held: betas"),
