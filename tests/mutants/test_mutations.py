@@ -102,12 +102,12 @@ MUTATIONS = {
     ],
     "arithmetic.py": [
         ("groups = groups[1:] + groups[:1]", "pass", "arithmetic: shuffled"),
-        ("slots for _ in range(group_size)]", "slots for _ in range(1)]", "arithmetic: shuffled"),
-        ("problems != [problem", "[] != [problem", "arithmetic: shuffled"),
+        ("repeated(slots, group_size)", "repeated(slots, 1)", "arithmetic: shuffled"),
+        ("problems != repeated(groups", "[] != repeated(groups", "arithmetic: shuffled"),
         ("list(TASKS).index(task)", "0", "arithmetic: own_split"),
-        ("rng.integers(10, size=size)])", "rng.integers(1, 10, size=size)])", "wires: every_digit"),
-        ("& ~rollout.truncated", "", "evaluate: right_answer"),
-        ('encode("#")[0]).cumsum(1) == 0', 'encode("#")[0]).cumsum(1) == 1', "evaluate: reasoning_span"),
+        ("b = rng.integers(10, size=size)", "b = rng.integers(1, 10, size=size)", "wires: every_digit"),
+        ("& ~rollout.truncated", "", "arithmetic: right_answer"),
+        ('encode("#")[0]).cumsum(1) == 0', 'encode("#")[0]).cumsum(1) == 1', "arithmetic: reasoning_span"),
     ],
     "divergences.py": [
         ("return -self.f(log_u)", "return self.f(log_u)", "exact: missing_term"),
