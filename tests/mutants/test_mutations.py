@@ -99,6 +99,8 @@ MUTATIONS = {
         ("teacher_logp.mean(0)", "teacher_logp[0]", "evaluate: every_reference"),
         ("max_new_tokens, greedy=True)", "max_new_tokens)", "evaluate: likeliest"),
         ("z2 / (4 * trials)", "z2 / (2 * trials)", "wires: wilson"),
+        ('"truncated"] = rollout.', '"truncated"] = greedy.', "evaluate: means_over_the_sampled"),
+        ("if teacher.config.reference_slot != reference_slot:", "if False:", "evaluate: read_different_prompts"),
     ],
     "arithmetic.py": [
         ("groups = groups[1:] + groups[:1]", "pass", "arithmetic: shuffled"),
