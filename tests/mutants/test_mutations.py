@@ -169,11 +169,16 @@ MUTATIONS = {
         ("slice(n, n + 1) for n in before", "slice(n - 1, n) for n in before", "fast_rollout: give_the_same"),
         ("first == 0 and P > 1", "first < 0", "fast_rollout: give_the_same"),
         ("responses.fill_(PAD)", "pass", "fast_rollout: remembers_nothing"),
-        ("kept.zero_()", "pass", "fast_rollout: fault_does_not_stay"),
+        ("keys.zero_()", "pass", "fast_rollout: fault_does_not_stay"),
+        ("values.zero_()", "pass", "fast_rollout: fault_does_not_stay"),
         ("torch.clear_autocast_cache()", "pass", "fast_rollout: is_replayed"),
         ("key = (sizes, greedy,", "key = (sizes,", "fast_rollout: is_replayed"),
         ("if len(of_model) == KEPT:", "if False:", "fast_rollout: is_replayed"),
-        ("state, graphs  # not", "(state, extend), graphs  # not", "fast_rollout: is_replayed"),
+        (
+            "self.state = draft.state  # not",
+            "self.draft, self.state = draft, draft.state  # not",
+            "fast_rollout: is_replayed",
+        ),
     ],
     "checks.py": [
         ("if advantage.requires_grad:", "if False:", "estimators: misuse"),
