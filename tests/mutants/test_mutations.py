@@ -108,15 +108,17 @@ MUTATIONS = {
         ("teacher_logp.mean(0)", "teacher_logp[0]", "evaluate: every_reference"),
         ("max_new_tokens, greedy=True)", "max_new_tokens)", "evaluate: likeliest"),
         ("z2 / (4 * trials)", "z2 / (2 * trials)", "wires: wilson"),
+        ('"truncated"] = rollout.', '"truncated"] = greedy.', "evaluate: means_over_the_sampled"),
+        ("if teacher.config.reference_slot != reference_slot:", "if False:", "evaluate: read_different_prompts"),
     ],
     "arithmetic.py": [
         ("groups = groups[1:] + groups[:1]", "pass", "arithmetic: shuffled"),
-        ("slots for _ in range(group_size)]", "slots for _ in range(1)]", "arithmetic: shuffled"),
-        ("problems != [problem", "[] != [problem", "arithmetic: shuffled"),
+        ("repeated(slots, group_size)", "repeated(slots, 1)", "arithmetic: shuffled"),
+        ("problems != repeated(groups", "[] != repeated(groups", "arithmetic: shuffled"),
         ("list(TASKS).index(task)", "0", "arithmetic: own_split"),
-        ("rng.integers(10, size=size)])", "rng.integers(1, 10, size=size)])", "wires: every_digit"),
-        ("& ~rollout.truncated", "", "evaluate: right_answer"),
-        ('encode("#")[0]).cumsum(1) == 0', 'encode("#")[0]).cumsum(1) == 1', "evaluate: reasoning_span"),
+        ("b = rng.integers(10, size=size)", "b = rng.integers(1, 10, size=size)", "wires: every_digit"),
+        ("& ~rollout.truncated", "", "arithmetic: right_answer"),
+        ('encode("#")[0]).cumsum(1) == 0', 'encode("#")[0]).cumsum(1) == 1', "arithmetic: reasoning_span"),
     ],
     "divergences.py": [
         ("return -self.f(log_u)", "return self.f(log_u)", "exact: missing_term"),
@@ -168,11 +170,16 @@ MUTATIONS = {
         ("slice(n, n + 1) for n in before", "slice(n - 1, n) for n in before", "fast_rollout: give_the_same"),
         ("first == 0 and P > 1", "first < 0", "fast_rollout: give_the_same"),
         ("responses.fill_(PAD)", "pass", "fast_rollout: remembers_nothing"),
-        ("kept.zero_()", "pass", "fast_rollout: fault_does_not_stay"),
+        ("keys.zero_()", "pass", "fast_rollout: fault_does_not_stay"),
+        ("values.zero_()", "pass", "fast_rollout: fault_does_not_stay"),
         ("torch.clear_autocast_cache()", "pass", "fast_rollout: is_replayed"),
         ("key = (sizes, greedy,", "key = (sizes,", "fast_rollout: is_replayed"),
         ("if len(of_model) == KEPT:", "if False:", "fast_rollout: is_replayed"),
-        ("state, graphs  # not", "(state, extend), graphs  # not", "fast_rollout: is_replayed"),
+        (
+            "self.state = draft.state  # not",
+            "self.draft, self.state = draft, draft.state  # not",
+            "fast_rollout: is_replayed",
+        ),
     ],
     "checks.py": [
         ("if advantage.requires_grad:", "if False:", "estimators: misuse"),
@@ -283,7 +290,11 @@ MUTATIONS = {
     "gpt.py": [
         ("is_causal=True", "is_causal=False", "gpt: only_the_past"),
         ("self.position.weight[at]", "self.position.weight[:T]", "gpt: cached_logits"),
-        ("with autocast(enabled=False) if lower", "with autocast() if lower", "wires: dtype"),
+        (
+            "with self.autocast(enabled=False):  # a logit",
+            "with self.autocast(enabled=True):  # a logit",
+            "wires: dtype",
+        ),
     ],
     "exact/law.py": [
         ("(1 - b) * torch.log1p", "b * torch.log1p", "judge: name_is_found"),
@@ -430,7 +441,7 @@ OF_A_RUN = {
         ),
     ],
     "gpt.py": [
-        ('(2 if "blocks" in name else 1)', "1", "wires_held: gain_of_two"),
+        ("return 2 * n_embd**-0.5", "return n_embd**-0.5", "wires_held: gain_of_two"),
         ("betas=(0.9, 0.95)", "betas=(0.9, 0.999)", "wires_held: betas"),
         ("betas=(0.9, 0.95)", "betas=(0.8, 0.95)", "wires_held: betas"),
         ("weight_decay=0.0", "weight_decay=0.01", "wires_held: betas"),
