@@ -159,11 +159,11 @@ MUTATIONS = {
     ],
     "system/config.py": [
         (" * EFFORT.get(task, 1)", "", "train: recipe"),
-        (" * digits / 3)}", ")}", "train: recipe"),
-        ("lam: float = option(0.5,", "lam: float = option(1.0,", "wires: papers_settings"),
-        ("eps_w: float = option(0.2,", "eps_w: float = option(0.3,", "wires: papers_settings"),
+        (" * digits / 3)", ")", "train: recipe"),
+        ("option(SELF_TEACHER, 0.5,", "option(SELF_TEACHER, 1.0,", "wires: papers_settings"),
+        ("option(SELF_TEACHER, 0.2,", "option(SELF_TEACHER, 0.3,", "wires: papers_settings"),
         ("made |= METHODS[method].recipe", "made |= {}", "train: recipe"),
-        ("needs(method)] or list(METHODS)", "needs(method)]", "train: recipe"),
+        ("return list(METHODS)", "return those", "train: recipe"),
     ],
     "rollout.py": [
         ("unfinished & (token != EOS)", "unfinished", "rollout: first_eos"),
@@ -488,7 +488,7 @@ OF_A_RUN = {
     "system/config.py": [
         ("solution_length(self.digits) + 5", "solution_length(self.digits) + 4", "wires_held: five_tokens_more"),
         ("solution_length(self.digits) + 5", "solution_length(self.digits) + 6", "wires_held: five_tokens_more"),
-        ('getattr(self, f"{who}_layers")', "self.teacher_layers", "wires_held: that_were_asked_for"),
+        ("n_layer=layers[who]", "n_layer=self.teacher_layers", "wires_held: that_were_asked_for"),
     ],
     "system/runs.py": [
         (
