@@ -138,13 +138,14 @@ MUTATIONS = {
     ],
     "system/config.py": [
         (" * EFFORT.get(task, 1)", "", "train: recipe"),
-        (" * digits / 3)}", ")}", "train: recipe"),
-        ("lam: float = option(0.5,", "lam: float = option(1.0,", "wires: papers_settings"),
-        ("eps_w: float = option(0.2,", "eps_w: float = option(0.3,", "wires: papers_settings"),
+        (" * digits / 3)", ")", "train: recipe"),
+        ("option(SELF_TEACHER, 0.5,", "option(SELF_TEACHER, 1.0,", "wires: papers_settings"),
+        ("option(SELF_TEACHER, 0.2,", "option(SELF_TEACHER, 0.3,", "wires: papers_settings"),
         ("made |= METHODS[method].recipe", "made |= {}", "train: recipe"),
-        ("needs(method)] or list(METHODS)", "needs(method)]", "train: recipe"),
-        ("if not _has_type(value, field.type):", "if False:", "edited_code: made_by_hand"),
-        ("elif getattr(self, field.name) != defaults[field.name]:", "elif False:", "edited_code: made_by_hand"),
+        ("return list(METHODS)", "return those", "train: recipe"),
+        ("    check_type(field, value)
+    check_choice", "    check_choice", "edited_code: made_by_hand"),
+        ("if getattr(self, field.name) != defaults[field.name]:", "if False:", "edited_code: made_by_hand"),
         ("float(getattr(self, field.name))", "getattr(self, field.name)", "edited_code: the_same_run"),
     ],
     "rollout.py": [
@@ -185,45 +186,109 @@ MUTATIONS = {
         ("if advantage.requires_grad:", "if False:", "estimators: misuse"),
     ],
     "methods.py": [
-        ("log_u = s.teacher_logp - s.student_logp", "log_u = s.student_logp - s.teacher_logp", "methods: distillation"),
         (
-            '"opd": Method(partial(distillation_loss, opd)',
-            '"opd": Method(partial(distillation_loss, opdplus)',
+            "log_u = s.teacher_logp - s.student_logp\n    A = opd.",
+            "log_u = s.student_logp - s.teacher_logp\n    A = opd.",
             "methods: distillation",
         ),
-        ("stop_gradient=estimator is opd", "stop_gradient=estimator is opdplus", "methods: distillation"),
-        ("s.mask, f, gamma, baseline)", "s.mask, f, 0.0, baseline)", "methods: distillation and gamma"),
-        ("s.mask, f, gamma, baseline)", "s.mask, f, gamma)", "methods: distillation"),
-        ("f = divergences.clipped(f, log_u_clip)", "pass", "methods: distillation and log_u_clip"),
-        ("s.teacher_logits, f, s.mask)", "s.teacher_logits, f)", "methods: after_the_eos"),
         (
-            "policy_gradient.loss(s.student_logp, A, s.mask, normalize)",
-            "policy_gradient.loss(s.student_logp, A, s.mask)",
+            "log_u = s.teacher_logp - s.student_logp\n    A = opdplus.",
+            "log_u = s.student_logp - s.teacher_logp\n    A = opdplus.",
+            "methods: distillation",
+        ),
+        ("A = opd.advantage(", "A = opdplus.advantage(", "methods: distillation"),
+        ("A = opdplus.advantage(", "A = opd.advantage(", "methods: distillation"),
+        ("baseline = opd.exact_baseline(", "baseline = opdplus.exact_baseline(", "methods: distillation"),
+        ("baseline = opdplus.exact_baseline(", "baseline = opd.exact_baseline(", "methods: distillation"),
+        ("advantage=f.reward,", "advantage=f.w_f,", "methods: distillation"),
+        ("advantage=f.w_f,", "advantage=f.reward,", "methods: distillation"),
+        ("stop_gradient=True", "stop_gradient=False", "methods: distillation"),
+        ("stop_gradient=False", "stop_gradient=True", "methods: distillation"),
+        (
+            "opd.advantage(log_u, s.mask, f, gamma, baseline)",
+            "opd.advantage(log_u, s.mask, f, 0.0, baseline)",
+            "methods: distillation and gamma",
+        ),
+        (
+            "opdplus.advantage(log_u, s.mask, f, gamma, baseline)",
+            "opdplus.advantage(log_u, s.mask, f, 0.0, baseline)",
+            "methods: distillation and gamma",
+        ),
+        (
+            "opd.advantage(log_u, s.mask, f, gamma, baseline)",
+            "opd.advantage(log_u, s.mask, f, gamma)",
+            "methods: distillation",
+        ),
+        (
+            "opdplus.advantage(log_u, s.mask, f, gamma, baseline)",
+            "opdplus.advantage(log_u, s.mask, f, gamma)",
+            "methods: distillation",
+        ),
+        ("f = divergences.clipped(f, log_u_clip)", "pass", "methods: distillation and log_u_clip"),
+        (
+            "opd.exact_baseline(s.student_logits, s.teacher_logits, f, s.mask)",
+            "opd.exact_baseline(s.student_logits, s.teacher_logits, f)",
+            "methods: after_the_eos",
+        ),
+        (
+            "opdplus.exact_baseline(s.student_logits, s.teacher_logits, f, s.mask)",
+            "opdplus.exact_baseline(s.student_logits, s.teacher_logits, f)",
+            "methods: after_the_eos",
+        ),
+        (
+            "A = opd.advantage(log_u, s.mask, f, gamma, baseline)\n"
+            "    return policy_gradient.loss(s.student_logp, A, s.mask, normalize)",
+            "A = opd.advantage(log_u, s.mask, f, gamma, baseline)\n"
+            "    return policy_gradient.loss(s.student_logp, A, s.mask)",
             "methods: distillation and token_mean",
         ),
         (
-            "A, s.mask, clip_low, clip_high, normalize)",
-            "A, s.mask, clip_high, clip_low, normalize)",
+            "A = opdplus.advantage(log_u, s.mask, f, gamma, baseline)\n"
+            "    return policy_gradient.loss(s.student_logp, A, s.mask, normalize)",
+            "A = opdplus.advantage(log_u, s.mask, f, gamma, baseline)\n"
+            "    return policy_gradient.loss(s.student_logp, A, s.mask)",
+            "methods: distillation and token_mean",
+        ),
+        (
+            "s.old_logp, A, s.mask, clip_low, clip_high, normalize)",
+            "s.old_logp, A, s.mask, clip_high, clip_low, normalize)",
             "methods: rewarded",
         ),
-        ("A, s.mask, clip_low, clip_high, normalize)", "A, s.mask, clip_low, clip_high)", "methods: rewarded"),
-        ("*ratio, s.mask, clip_low, clip_high)", "*ratio, s.mask, clip_high, clip_low)", "methods: measures"),
-        ("ratio = s.student_logp, s.old_logp", "ratio = s.student_logp, s.student_logp", "methods: rewarded"),
-        ("A, s.teacher_logp, s.student_logp, s.mask", "A, s.student_logp, s.teacher_logp, s.mask", "methods: rewarded"),
-        ("A, s.teacher_logp, s.student_logp, s.mask", "A, s.teacher_logp, s.old_logp, s.mask", "methods: rewarded"),
+        (
+            "s.old_logp, A, s.mask, clip_low, clip_high, normalize)",
+            "s.old_logp, A, s.mask, clip_low, clip_high)",
+            "methods: rewarded",
+        ),
+        ("s.old_logp, s.mask, clip_low, clip_high)", "s.old_logp, s.mask, clip_high, clip_low)", "methods: measures"),
+        (
+            "clipped_surrogate(s.student_logp, s.old_logp,",
+            "clipped_surrogate(s.student_logp, s.student_logp,",
+            "methods: rewarded",
+        ),
+        (
+            "A, s.teacher_logp, s.student_logp, s.mask, lam",
+            "A, s.student_logp, s.teacher_logp, s.mask, lam",
+            "methods: rewarded",
+        ),
+        (
+            "A, s.teacher_logp, s.student_logp, s.mask, lam",
+            "A, s.teacher_logp, s.old_logp, s.mask, lam",
+            "methods: rewarded",
+        ),
+        (
+            "A, s.teacher_logp, s.student_logp, s.mask, eps_w)",
+            "A, s.student_logp, s.teacher_logp, s.mask, eps_w)",
+            "methods: measures",
+        ),
         ("rlsd.lam_at(s.step, lam, lam_decay)", "lam", "methods: rewarded"),
-        ("if reasoning_only else None", "if False else None", "methods: rewarded"),
-        ("eps_w, negative_only, span)", "eps_w, False, span)", "methods: rewarded"),
+        ("if reasoning_only:", "if False:", "methods: rewarded"),
+        ("negative_only=negative_only", "negative_only=False", "methods: rewarded"),
         (
-            'clip_low, clip_high, "batch")',
-            'clip_low, clip_high, "token_mean")',
+            'clip_high, normalize="batch")',
+            'clip_high, normalize="token_mean")',
             "methods: distillation and grpo+opsd",
         ),
-        (
-            "gkd_loss(s, divergence)[0] + loss",
-            "gkd_loss(s, divergence)[0] - loss",
-            "methods: distillation and grpo+opsd",
-        ),
+        ("return opsd_part + grpo_part", "return opsd_part - grpo_part", "methods: distillation and grpo+opsd"),
     ],
     "../train.py": [
         ("if epoch == 0:", "if True:", "methods: rewarded"),
@@ -435,8 +500,13 @@ OF_A_RUN = {
     ],
     "methods.py": [
         (
-            "s.mask, f, gamma, baseline)",
-            "s.mask, f, gamma if baseline is None else 0.0, baseline)",
+            "opd.advantage(log_u, s.mask, f, gamma, baseline)",
+            "opd.advantage(log_u, s.mask, f, gamma if baseline is None else 0.0, baseline)",
+            "wires_held: every_gamma",
+        ),
+        (
+            "opdplus.advantage(log_u, s.mask, f, gamma, baseline)",
+            "opdplus.advantage(log_u, s.mask, f, gamma if baseline is None else 0.0, baseline)",
             "wires_held: every_gamma",
         ),
     ],
@@ -450,7 +520,7 @@ OF_A_RUN = {
     "system/config.py": [
         ("solution_length(self.digits) + 5", "solution_length(self.digits) + 4", "wires_held: five_tokens_more"),
         ("solution_length(self.digits) + 5", "solution_length(self.digits) + 6", "wires_held: five_tokens_more"),
-        ('getattr(self, f"{who}_layers")', "self.teacher_layers", "wires_held: that_were_asked_for"),
+        ("n_layer=layers[who]", "n_layer=self.teacher_layers", "wires_held: that_were_asked_for"),
     ],
     "system/runs.py": [
         (
