@@ -12,7 +12,7 @@ from typing import BinaryIO
 import matplotlib
 import numpy as np
 import torch
-from lab.seeds import mean_interval
+from intervals import mean_interval
 from matplotlib import cbook
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_hex
