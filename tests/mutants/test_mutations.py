@@ -362,12 +362,12 @@ MUTATIONS = {
         ),
     ],
     "exact/law.py": [
-        ("(1 - b) * torch.log1p", "b * torch.log1p", "judge: name_is_found"),
-        ("* exp(-sx)", "* exp(sx)", "judge: generator_of"),
-        ("exp(x) * x * (w", "x * (w", "judge: what_opd"),
-        ("exp(-x) * (h(x) + rest(x))", "exp(-x) * h(x)", "judge: generator_of"),
+        ("(1 - beta) * torch.log1p", "beta * torch.log1p", "judge: name_is_found"),
+        ("* exp(-log_t)", "* exp(log_t)", "judge: generator_of"),
+        ("exp(log_u) * log_u * integral", "log_u * integral", "judge: what_opd"),
+        ("exp(-log_u) * (h(log_u) + w_h(log_u))", "exp(-log_u) * h(log_u)", "judge: generator_of"),
         (".clamp(max=1)", "", "judge: updates_lead"),
-        ("z + step, z)", "z - step, z)", "judge: updates_lead"),
+        ("logits + step, logits)", "logits - step, logits)", "judge: updates_lead"),
         ("p * (A - (p * A).sum(-1, keepdim=True))", "p * A", "judge: expected_update"),
     ],
     "exact/judge.py": [
@@ -387,19 +387,19 @@ MUTATIONS = {
     "exact/enumeration.py": [
         ("world.probability().detach()", "world.probability(theta)", "exact: prefix_by_prefix"),
         ("world.probability().detach()", "world.probability()", "exact: own_weights"),
-        ("ends.cumsum(1) - ends == 0", "ends.cumsum(1) == 0", "exact: listed_once"),
-        ("second - mean.square().sum()", "second", "exact: one_response_at_a_time"),
+        ("ends_before = ends.cumsum(1) - ends", "ends_before = ends.cumsum(1)", "exact: listed_once"),
+        ("second_moment - mean.square().sum()", "second_moment", "exact: one_response_at_a_time"),
         ("f(log_u.sum(1))", "f(log_u).sum(1)", "exact: names_say"),
     ],
     "exact/rewards.py": [
-        ("prefix, weight * reward)", "prefix, reward)", "exact_rewards: share_a_prefix"),
+        ("prefix, probability * reward)", "prefix, reward)", "exact_rewards: share_a_prefix"),
         ("world.tokens[:, n]), V[-1])", "world.tokens[:, n]), V[0])", "exact_rewards: share_a_prefix"),
         ("world.probability(theta) * reward", "world.probability() * reward", "exact_rewards: with_token_advantages"),
         ("ratio.log())", "ratio)", "exact_rewards: conditioned_on_being_right"),
         ("(V > 0)", "(V >= 0)", "exact_rewards: conditioned_on_being_right"),
-        ("A = advantage(torch.where(right, among[0], among[-1])", "A = advantage(among", "exact_rewards: groups"),
+        ("torch.where(right, in_the_group[0], in_the_group[-1])", "in_the_group", "exact_rewards: groups"),
         ("k * (k - 1) * a @ a", "k * k * a @ a", "exact_rewards: enumerated_groups"),
-        ("second - mean @ mean", "second", "exact_rewards: enumerated_groups"),
+        ("second_moment - mean @ mean", "second_moment", "exact_rewards: enumerated_groups"),
         ("rate**k * (1 - rate)", "rate ** (G - k) * (1 - rate)", "exact_rewards: enumerated_groups"),
         ("reward == 0) | (reward == 1", "reward >= 0) | (reward == 1", "exact_rewards: right_and_wrong"),
     ],
@@ -418,19 +418,19 @@ MUTATIONS = {
         ("if there.get(name) != here[name]", "if name in there and there[name] != here[name]", "wires: lacks_what"),
     ],
     "system/folder.py": [
-        ('"sft_lr", "reference_slot"', '"reference_slot"', "wires: another_file"),
+        ('        "sft_lr": cfg.sft_lr,\n', "", "wires: another_file"),
         ("there.get(name) != code.get(name)", "name not in there", "edited_code: by_other_code"),
-        ("if len(different) == 1:", "if different:", "edited_code: names_the_run"),
+        ("if len(different) == 1 and", "if different and", "edited_code: names_the_run"),
         (
-            "theirs, ours = other.not_default, cfg.not_default",
-            "theirs, ours = vars(other), vars(cfg)",
+            "        theirs = other.not_default\n        ours = cfg.not_default\n",
+            "        theirs = vars(other)\n        ours = vars(cfg)\n",
             "edited_code: brings",
         ),
     ],
-    "system/sources.py": [('LEFT_OUT = ("checkpoint", ', "LEFT_OUT = (", "edited_code: decides_no_number")],
+    "system/sources.py": [('    "nano_opd/system/checkpoint.py",\n', "", "edited_code: decides_no_number")],
     "system/report.py": [
-        ("torch.stack(correct, 1)", "torch.stack(correct)", "wires: pass_at_4"),
-        ('generator, "work")', "generator)", "wires: pass_at_4"),
+        ("torch.stack(right_of_tries, 1)", "torch.stack(right_of_tries)", "wires: pass_at_4"),
+        ('generator, style="work")', "generator)", "wires: pass_at_4"),
     ],
     "system/runs.py": [
         ("            stop.check()\n", "            pass\n", "train: after_the_last_update"),
@@ -548,27 +548,27 @@ OF_A_RUN = {
         ),
     ],
     "system/report.py": [
+        ("number = len(right)", "number = run.cfg.eval_size", "wires_held: under_its_own_label"),
         (
-            "wilson(round(p * len(problems)), len(problems))",
-            "wilson(round(p * cfg.eval_size), cfg.eval_size)",
+            "    start = run.rows[0]\n    end = run.rows[-1]\n",
+            "    start = run.rows[-1]\n    end = run.rows[0]\n",
             "wires_held: under_its_own_label",
         ),
-        ("run.rows[0], run.rows[-1]", "run.rows[-1], run.rows[0]", "wires_held: under_its_own_label"),
         ('("kl", "KL to', '("entropy", "KL to', "wires_held: under_its_own_label"),
         ('("greedy_accuracy", "acc', '("accuracy", "acc', "wires_held: under_its_own_label"),
         ('("leak_rate", "answers', '("information_gap", "answers', "wires_held: under_its_own_label"),
-        ("(problems[i], texts[0][i])", "(problems[i], texts[1][i])", "wires_held: first_broken_step"),
-        ("(problems[i], texts[0][i])", "(problems[i], texts[0][0])", "wires_held: first_broken_step"),
-        ("{end['seconds']:.0f}", "{start['seconds']:.0f}", "wires_held: clock_of_a_row"),
+        ("texts_of_tries[0])", "texts_of_tries[1])", "wires_held: first_broken_step"),
+        ("(problems[i], texts[i])", "(problems[i], texts[0])", "wires_held: first_broken_step"),
+        ('run.rows[-1]["seconds"]', 'run.rows[0]["seconds"]', "wires_held: clock_of_a_row"),
         ("of {cfg.batch_size} rollouts", "of {cfg.eval_size} rollouts", "wires_held: clock_of_a_row"),
         ('("kl", BLUE, ', '("entropy", BLUE, ', "wires_held: curves_of_a_run"),
         ('GREEN, "student entropy"', 'GREEN, "KL(student‖teacher)"', "wires_held: curves_of_a_run"),
         (
-            "problems, generator) for _",
-            'problems, torch_stream(cfg.seed, "answers", device=run.device)) for _',
+            "student, problems, generator)",
+            'student, problems, torch_stream(cfg.seed, "answers", device=run.device))',
             "wires_held: one_after_the_other",
         ),
-        ("key=right.__getitem__)", "key=right.__getitem__, reverse=True)", "wires_held: wrong_answers_first"),
+        ("[*wrong_ones, *right_ones]", "[*right_ones, *wrong_ones]", "wires_held: wrong_answers_first"),
         (
             "training_curves(run.rows, cfg.eval_size",
             "training_curves(run.rows, cfg.batch_size",
@@ -584,15 +584,8 @@ OF_A_RUN = {
     ],
     "system/folder.py": [
         (
-            """    with _locked(cfg.run_dir):
-        for litter in cfg.run_dir.glob(".*.tmp"):  # a process that was killed while it wrote
-            if litter.is_file():
-                litter.unlink(missing_ok=True)
-""",
-            """    for litter in cfg.run_dir.glob(".*.tmp"):
-        litter.unlink(missing_ok=True)
-    with _locked(cfg.run_dir):
-""",
+            "    with _locked(cfg.run_dir):\n        _remove_unfinished_files(cfg.run_dir)\n",
+            "    _remove_unfinished_files(cfg.run_dir)\n    with _locked(cfg.run_dir):\n",
             "wires_held: refused_a_folder",
         ),
     ],
