@@ -568,7 +568,7 @@ OTHER_PITFALLS = [
         name="JSD(β = 0.999) for reverse KL",
         mend="divide by 1 − β (at the other end by β), or take the KL itself",
         thread="modelscope/ms-swift#10078, verl-project/verl-recipe#151",
-        estimator=full_vocabulary(field.jsd(0.999)),
+        estimator=full_vocabulary(field.generalised_jsd(0.999)),
         goal=exact_gradient(reverse_kl),
     ),
     Pitfall(

@@ -107,7 +107,7 @@ def test_a_brief_teacher_with_another_eos_teaches_long_responses():
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_generalised_jsd_divided_by_its_small_weight_is_a_kl(world):
     g = exact_gradient(reverse_kl)(world)
-    mean = full_vocabulary(field.jsd(0.999))(world).mean
+    mean = full_vocabulary(field.generalised_jsd(0.999))(world).mean
     assert mean.norm() < 0.01 * g.norm() and (mean / 0.001 - g).norm() < 0.01 * g.norm()
 
 
