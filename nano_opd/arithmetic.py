@@ -149,6 +149,15 @@ def prompt(problem: Problem, slot: str | None = None) -> str:
     return f"{slot} {text}"
 
 
+def read_prompt(text: str) -> Problem:
+    """Return the problem of a prompt without a slot. Raises ValueError for a text that is no such prompt."""
+    for name, task in TASKS.items():
+        match = re.fullmatch(rf"([0-9]+){re.escape(task.symbol)}([0-9]+)=", text)
+        if match and len(match[1]) == len(match[2]):
+            return Problem(name, digits=len(match[1]), a=int(match[1]), b=int(match[2]))
+    raise ValueError(f"{text!r} is no prompt of a problem")
+
+
 def reference(problem: Problem, style: str) -> str:
     """What the slot holds: "work" or "cite", or "blank" for the student. Raises ValueError for another style."""
     _require_reference(style, *REFERENCES, "blank")

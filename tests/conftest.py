@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import suite
 import torch
 
 from nano_opd.gpt import GPT, GPTConfig
@@ -48,6 +49,13 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen, secon
         assert process.poll() is None or condition(), f"it has ended with exit code {process.returncode}"
         assert time.monotonic() < deadline, f"still waiting after {seconds} seconds"
         time.sleep(0.005)
+
+
+@pytest.fixture
+def copied_package(tmp_path):
+    """A folder with a copy of the package in it, to be edited."""
+    suite.copy_package(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from nano_opd import arithmetic, rollout
 from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS, Scored
 from nano_opd.streams import torch_stream
-from nano_opd.system import config
+from nano_opd.system import config, runs
 from nano_opd.system.batches import draw_problems
 from nano_opd.tokenizer import EOS, PAD, decode, encode
 
@@ -511,11 +511,21 @@ def test_one_function_and_one_entry_are_a_new_method(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["opdplus", "grpo", "rlsd"])
-def test_who_is_to_be_its_own_teacher_learns_half_of_its_prompts_blank_and_half_with_a_reference(name, monkeypatch):
+def test_who_is_to_be_its_own_teacher_learns_half_of_its_prompts_blank_and_half_with_a_reference(
+    name, tmp_path, monkeypatch
+):
     given = []
-    monkeypatch.setattr(train.sft, "train", lambda model, problems, *rest: given.append((problems, *rest)))
-    cfg = config.Config(method=name, student_steps=50, sft_batch_size=40, sft_lr=0.125)
-    train.warm_start(cfg, "student", None)
+
+    def note(model, problems, generator, batch_size, lr, after_update):
+        styles = generator and generator.choice(train.sft.VIEWS, len(problems)).tolist()
+        given.append((problems, batch_size, lr, styles))
+
+    monkeypatch.setattr(train.sft, "warm_start", note)
+    cfg = config.Config(
+        method=name, student_steps=50, sft_batch_size=40, sft_lr=0.125, student_width=8, out_dir=str(tmp_path)
+    )
+    with runs.opened(cfg, train.CODE) as run:
+        train.warm_start(run, "student")
     ((problems, batch_size, lr, styles),) = given
     assert len(problems) == 2000 and (batch_size, lr) == (40, 0.125)
     assert (styles is None) == (name == "opdplus")
@@ -575,7 +585,7 @@ def test_accuracy_is_sampled_and_greedy_accuracy_greedy(tmp_path, monkeypatch):
             tokens[i, prompts.shape[1] :] = torch.tensor(response + [PAD] * (R - len(response)))
         return dataclasses.replace(got, tokens=tokens, mask=tokens[:, prompts.shape[1] :] != PAD) if greedy else got
 
-    monkeypatch.setattr(train, "sampler", lambda device, compile, seldom: sample)
+    monkeypatch.setattr(train, "sampler", lambda device, compile, seldom=False: sample)
     with_rows, trained = [], train.train
     monkeypatch.setattr(train, "train", lambda run, *models: with_rows.append(run) or trained(run, *models))
     train.main([*RUN, "--student-steps", "0", "--out-dir", str(tmp_path)])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nano_opd import arithmetic
-from nano_opd.streams import OF_EACH_RANK, numpy_stream, torch_stream
-from nano_opd.system import config
+from nano_opd.streams import numpy_stream, torch_stream
+from nano_opd.system import config, distributed
 from nano_opd.system.batches import draw_batch, draw_problems
 from nano_opd.tokenizer import decode
 
@@ -22,21 +22,30 @@ def test_equal_keys_give_equal_draws_and_any_other_key_gives_others():
     assert {tuple(numpy_stream(*key).integers(2**60, size=4).tolist()) for key in keys} == numpy_draws
 
 
-def test_every_rank_draws_its_own_answers_and_references_and_all_draw_the_same_problems(monkeypatch):
+def test_every_rank_has_a_stream_of_its_own_where_it_asks_for_one_and_rank_0_has_that_of_a_run_alone(monkeypatch):
     def draws(purpose):
         return numpy_stream(0, purpose, 3).integers(2**60), torch.rand(1, generator=torch_stream(0, purpose, 3)).item()
 
-    purposes = ("rollout", "reference", "problems", "held-out", "evaluation", "answers", "student weights")
-    alone = {purpose: draws(purpose) for purpose in purposes}
-    of_rank = []
+    alone = draws("rollout")
+    shared, own = set(), []
+    monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (0, 1, 2):
-        monkeypatch.setenv("WORLD_SIZE", "3")
         monkeypatch.setenv("RANK", str(rank))
-        of_rank.append({purpose: draws(purpose) for purpose in purposes})
-    assert of_rank[0] == alone  # rank 0 goes on as if it were alone
-    for purpose in purposes:
-        assert len({ranks[purpose] for ranks in of_rank}) == (3 if purpose in OF_EACH_RANK else 1)
-    assert set(OF_EACH_RANK) == {"rollout", "reference"}
+        shared.add(draws("rollout"))
+        own.append(draws(distributed.own("rollout")))
+    assert shared == {alone}
+    assert len(set(own)) == 3 and own[0] == alone
+
+
+def test_every_rank_draws_references_of_its_own(monkeypatch):
+    """Else the three shares of a batch would cite in the same places."""
+    cfg, device = config.Config(digits=2, batch_size=96, method="rlsd"), torch.device("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    cited = []
+    for rank in (0, 1, 2):
+        monkeypatch.setenv("RANK", str(rank))
+        cited.append(tuple("@" in decode(row) for row in draw_batch(cfg, 5, device).teacher_prompts))
+    assert len(cited[0]) == 32 and len(set(cited)) == 3
 
 
 @pytest.mark.parametrize("method", ["opdplus", "grpo", "rlsd"])

@@ -15,7 +15,19 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1]  # nano_opd/
 # What decides no number: it refuses, saves, names or shows. The rest of system/ draws, samples, scales or averages.
 # config.py is among that rest: the response cap is made there.
-LEFT_OUT = ("checkpoint", "checks", "console", "folder", "libraries", "memory", "report", "sources", "threads")
+LEFT_OUT = (
+    "checkpoint",
+    "checks",
+    "console",
+    "endings",
+    "folder",
+    "libraries",
+    "memory",
+    "report",
+    "signals",
+    "sources",
+    "threads",
+)
 
 
 class _WithoutDocstrings(ast.NodeTransformer):

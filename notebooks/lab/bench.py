@@ -1,8 +1,8 @@
-"""How fast the phases of an update are, with torch.compile and without: `python notebooks/bench.py`.
+"""How fast the phases of an update are, with torch.compile and without: `python -m lab.bench`.
 
 What is compared takes turns (A, B, B, A, …): a moment in which the machine is busy falls on all. A ratio is the median
 over the turns of the ratio within a turn, with its quartiles. Tokens are response tokens; memory is beyond weights and
-optimizer. notebooks/speed.py measures more by the same means.
+optimizer. lab/speed.py measures more by the same means.
 """
 
 import argparse

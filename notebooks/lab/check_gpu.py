@@ -1,4 +1,4 @@
-"""Does the fast path of your GPU compute what plain code computes on the CPU? `python notebooks/check_gpu.py`.
+"""Does the fast path of your GPU compute what plain code computes on the CPU? `python -m lab.check_gpu`.
 
 A few minutes. One update of every method is compared, sampling with CUDA graphs and without, and short runs of
 train.py go through every path once. Then come the tables of bench.py. All of it is in check.json: please send it in.
@@ -9,9 +9,9 @@ import io
 import json
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+from lab import ROOT
 from lab.bench import B, P, R, machine, markdown, measure, new_model, new_pair
 
 import train
@@ -27,7 +27,6 @@ from nano_opd.system.fast_rollout import sampler
 from nano_opd.tokenizer import EOS, PAD, encode
 
 WITHIN = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # relative, of what is the same but for rounding
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def row(what: str, difference: float, within: float) -> dict:

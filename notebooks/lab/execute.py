@@ -1,4 +1,4 @@
-"""Execute notebooks in a fresh kernel: `python notebooks/execute.py [--quick] [--write] [notebook …]` (default: all).
+"""Execute notebooks in a fresh kernel: `python -m lab.execute [--quick] [--write] [notebook …]` (default: all).
 
 --quick  the miniature of continuous integration (NANO_OPD_QUICK=1)
 --write  store the outputs; without it the notebooks must only run
@@ -20,7 +20,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parents[1]  # notebooks/
 
 
 def halve_the_shown_size(notebook: nbformat.NotebookNode) -> None:

@@ -1,8 +1,8 @@
 """The field: advantages for on-policy distillation, most of them published or shipped, and what each descends.
 
 A row is an advantage A(log p, log q) of every token of one prefix, (…, V) each, and the function of the student that
-its expected update descends, or None; `tests/test_field.py` proves it. "Read" stands beside papers and code that were
-read for this project. Where it does not, the formula is as others describe it.
+its expected update descends, or None; `tests/lab/test_field.py` proves it. "Read" stands beside papers and code that
+were read for this project. Where it does not, the formula is as others describe it.
 """
 
 import math

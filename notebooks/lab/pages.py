@@ -1,7 +1,7 @@
 """The tables and figures of the READMEs, made from the results of reproduce.py.
 
-python notebooks/pages.py                      notebooks/results/ → its figures and the tables of three READMEs
-python notebooks/pages.py out/quick/results    another folder of results: its figures, and the tables printed
+python -m lab.pages                            notebooks/results/ → its figures and the tables of three READMEs
+python -m lab.pages ../out/quick/results       another folder of results: its figures, and the tables printed
 """
 
 import functools
@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 import figures
-from lab import bench, reproduce
+from lab import RESULTS, ROOT, bench, reproduce
 from lab.claims import (
     BASELINE,
     CLAIMS,
@@ -36,8 +36,6 @@ from nano_opd import divergences
 from nano_opd.exact import law
 from nano_opd.system.console import Parser, accept_any_text
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "notebooks" / "results"
 DENSE = {
     "OPD+, JSD, sampled token": JSD[1],
     "OPD+, JSD, exact baseline": BASELINE,

@@ -1,8 +1,8 @@
-"""Every multi-seed result of the README and the notebooks, from one command.
+"""Every multi-seed result of the README and the notebooks, from one command in the folder notebooks/.
 
-    python notebooks/reproduce.py                 all experiments, two runs at a time, into notebooks/results/
-    python notebooks/reproduce.py rlsd            one of them
-    python notebooks/reproduce.py --quick         a miniature of all, into out/quick/results/
+    python -m lab.reproduce                 all experiments, two runs at a time, into notebooks/results/
+    python -m lab.reproduce rlsd            one of them
+    python -m lab.reproduce --quick         a miniature of all, into out/quick/results/
 
 An experiment is a dict of arms (arguments of train.py) × seeds. Complete runs are skipped and others resumed, so the
 command can be stopped and given again. Each experiment ends in one CSV, the evaluated rows of all its runs, and one
@@ -29,17 +29,16 @@ from unittest import mock
 
 import numpy
 import torch
-from lab import ceiling
+from lab import ROOT, ceiling
 from lab.bench import processor
 
 from nano_opd.system import config, sources
 from nano_opd.system.console import Parser, accept_any_text, typed_path
 from nano_opd.system.folder import RunFolderError, require_same_code
 
-ROOT = Path(__file__).resolve().parents[1]
 CODE = sources.digests(ROOT / "train.py")
 CODE_OF_ORACLES = {
-    "notebooks/ceiling.py": sources.digest(ROOT / "notebooks" / "ceiling.py"),
+    "notebooks/lab/ceiling.py": sources.digest(ROOT / "notebooks" / "lab" / "ceiling.py"),
     "notebooks/credit.py": sources.digest(ROOT / "notebooks" / "credit.py"),
 }
 
@@ -310,8 +309,6 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
     Ending in a number that is not finite (exit code 1) is a result like any other: the rows end early.
     Raises RuntimeError with what train.py said when it ends in anything else but success.
     """
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
     import train
 
     update = partial(ceiling.update, train.update, run.oracle) if run.oracle in ceiling.ARMS else train.update
@@ -342,7 +339,7 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
 def commit() -> str:
     """The commit that is checked out, and whether the code that trains has been changed since."""
     git = lambda *arguments: subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout
-    changed = git("status", "--porcelain", "--", "nano_opd", "train.py", "notebooks/ceiling.py", "notebooks/credit.py")
+    changed = git("status", "--porcelain", "--", "nano_opd", "train.py", *CODE_OF_ORACLES)
     return (git("rev-parse", "--short", "HEAD").strip() or "unknown") + ("-dirty" if changed else "")
 
 

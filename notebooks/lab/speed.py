@@ -1,11 +1,11 @@
 """How fast everything is, and how fast it could be: notebooks/results/speed.json.
 
-    python notebooks/speed.py --large               each phase of an update; log-probs at GPT-2's vocabulary
-    python notebooks/speed.py --large --peers       sampling beside other people's
-    python notebooks/speed.py --precision           from which width on bfloat16 is faster
-    python notebooks/speed.py --scaling             cost against response length and batch, and scaling.png
-    python notebooks/speed.py --operators           where each millisecond of a step on a CPU goes
-    python notebooks/speed.py --busy                one thread, all threads and --threads auto beside other programs
+    python -m lab.speed --large               each phase of an update; log-probs at GPT-2's vocabulary
+    python -m lab.speed --large --peers       sampling beside other people's
+    python -m lab.speed --precision           from which width on bfloat16 is faster
+    python -m lab.speed --scaling             cost against response length and batch, and scaling.png
+    python -m lab.speed --operators           where each millisecond of a step on a CPU goes
+    python -m lab.speed --busy                one thread, all threads and --threads auto beside other programs
 
 The floor of a phase is its matrix products alone, their outputs preallocated and nothing in between, at the rate that
 this machine reaches in the same turns. So time / floor says what everything else costs: launches, normalisation,
@@ -26,7 +26,7 @@ from pathlib import Path
 import figures
 import numpy as np
 import torch
-from lab import bench
+from lab import RESULTS, ROOT, bench
 from lab.bench import VOCAB_SIZE, B, P, R, new_model, new_pair, observe, paired_ratio, phases, take_turns
 from matplotlib.figure import Figure
 
@@ -41,10 +41,9 @@ from nano_opd.system.fast_rollout import sampler
 
 Device, Dtype, Rows = torch.device, torch.dtype, list[dict]
 Product = tuple[int, int, int, int]  # (batch, m, k, n): so many products (m, k) @ (k, n)
-RESULTS = Path(__file__).parent / "results"
 KINDS = {"mm": "products", "layer_norm": "norms", "softmax": "softmax", "gelu": "GELU", "adamw": "AdamW"}
 KINDS |= dict.fromkeys(("copy", "cat", "embedding", "index", "gather", "scatter"), "copies")  # part of a name → kind
-TRAIN = [str(Path(__file__).resolve().parents[1] / "train.py"), "--method", "opdplus"]  # what `busy_run` times
+TRAIN = [str(ROOT / "train.py"), "--method", "opdplus"]  # what `busy_run` times
 STEPS_IN_A_TURN, TURNS = 4, 5  # of `busy`
 COLUMNS = "size;B;phase;compile;tokens/s;ms;floor, ms;time / floor;calls;calls per token;peak, MB".split(";")
 
@@ -256,9 +255,9 @@ def make_steps(asked: str) -> None:
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """The environment of a process that finds this file, with no number of threads in it, and these settings."""
+    """The environment of a process that finds this package, with no number of threads in it, and these settings."""
     kept = {name: value for name, value in os.environ.items() if name not in threads.SETTINGS}
-    folders = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    folders = [str(ROOT / "notebooks"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return kept | {"PYTHONPATH": os.pathsep.join(folders)} | settings
 
 
@@ -318,7 +317,7 @@ def busy(usual: int) -> Rows:
             numbers = {}
             taken = {name: [] for name in ways}
             for name, (asked, settings) in ways.items():
-                code = f"import speed; speed.make_steps({asked!r})"
+                code = f"from lab import speed; speed.make_steps({asked!r})"
                 processes[name] = stack.enter_context(running("-c", code, **settings))
                 for line in processes[name].stdout:  # what --threads auto says comes before
                     if line.startswith("ready"):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from nano_opd.system import config, runs
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "notebooks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "notebooks" / "README.md", ROOT / "nano_opd" / "system" / "README.md"]
 
@@ -27,7 +27,7 @@ ARMS = {arm for experiment in reproduce.EXPERIMENTS.values() for arm in experime
 def test_the_readmes_say_what_the_results_say(page):
     made = pages.pages(RESULTS)
     assert set(made) == set(PAGES)
-    assert made[page] == page.read_text(encoding="utf-8"), "run python notebooks/pages.py"
+    assert made[page] == page.read_text(encoding="utf-8"), "in notebooks/, run python -m lab.pages"
 
 
 def test_every_block_of_a_readme_is_filled():
@@ -37,9 +37,11 @@ def test_every_block_of_a_readme_is_filled():
 
 def test_the_figures_are_those_of_the_results():
     drawn = pages.draw(RESULTS)
-    assert {path.name for path in RESULTS.glob("*.png")} == {*drawn, "scaling.png"}  # which notebooks/speed.py draws
+    assert {path.name for path in RESULTS.glob("*.png")} == {*drawn, "scaling.png"}  # which lab.speed draws
     for name, figure in drawn.items():
-        assert Image.open(RESULTS / name).text["Digest"] == figures.digest(figure), "run python notebooks/pages.py"
+        assert Image.open(RESULTS / name).text["Digest"] == figures.digest(figure), (
+            "in notebooks/, run python -m lab.pages"
+        )
 
 
 def test_each_figure_is_linked_where_it_is_explained():

@@ -14,7 +14,7 @@ from lab.seeds import mean_interval
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def stored_figures() -> dict[str, Image.Image]:

@@ -180,6 +180,23 @@ def test_a_folder_of_another_run_a_refused_one_and_a_diverging_one(tiny):
         tiny(rlsd="--method rlsd")
 
 
+def test_an_experiment_is_not_finished_by_other_code(tiny, monkeypatch, capsys):
+    common = f"{TINY} --steps 2"
+    arms = {"grpo": "--method grpo", "exact A": "--method grpo"}
+    tiny(common, **arms)
+    assert "no checkpoint" not in capsys.readouterr().out  # every run is given --resume
+    tiny(common, **arms)
+    assert "0 of 4 runs to make" in capsys.readouterr().out
+    with monkeypatch.context() as patched:
+        patched.setitem(reproduce.CODE, "nano_opd/grpo.py", "edited")
+        with pytest.raises(SystemExit, match=r"the code has changed since .*grpo.* \(nano_opd/grpo.py\): move it away"):
+            tiny(common, **arms)
+    monkeypatch.setitem(reproduce.CODE_OF_ORACLES, "notebooks/lab/ceiling.py", "edited")
+    with pytest.raises(SystemExit, match=r"exact-A.* \(notebooks/lab/ceiling.py\)"):
+        tiny(common, **arms)
+    tiny(common, grpo=arms["grpo"])  # which has no oracle
+
+
 def test_without_links_or_with_no_jobs(tiny, monkeypatch, capsys):
     """Windows lets few users make links: every arm has warm starts of its own there. With real processes, for once."""
     monkeypatch.setattr(reproduce, "ProcessPoolExecutor", ProcessPoolExecutor)
@@ -206,7 +223,7 @@ if __name__ == "__main__":
 """
     (tmp_path / "start.py").write_text(lines, encoding="utf-8")
     begun = lambda: sorted(path.parent.name for path in tmp_path.glob("quick/long/*/*/checkpoint.pt"))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(reproduce.__file__).parents[:2]))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(reproduce.ROOT / "notebooks"), str(reproduce.ROOT)])}
     command = [sys.executable, str(tmp_path / "start.py")]
     with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE) as process:
         try:

@@ -1,34 +1,10 @@
-"""The suite can fail: each of these single edits, made in a copy of the package, must turn some test red.
-
-A fork server imports torch once; every mutant is then a process of its own that imports the edited copy and runs the
-tests that guard it, in a second or two.
-"""
-
-import multiprocessing
-import os
-import shutil
-import sys
-from pathlib import Path
+"""The suite can fail: each of these single edits, made in a copy of the package, must turn some test red."""
 
 import pytest
-
-TESTS = Path(__file__).parent
-SLOW_IMPORTS = [
-    "torch",
-    "torch.func",
-    "torch.fx.experimental.symbolic_shapes",
-    "hypothesis.strategies",
-    "pytest",
-    "tiktoken",
-    "tqdm",
-    "matplotlib.figure",
-    "matplotlib.backends.backend_agg",
-    "scipy.stats",
-    "torch.nn.parallel",
-    "torch.utils.flop_counter",
-]
+from suite import exit_code_of_suite, exit_code_on_the_mutant
 
 # file: (what stands there, once; what to put in its place; the test file and, as for -k, the tests that must notice)
+# The first of each file of nano_opd/ is also in tests/test_mutants_one_each.py, which plain `pytest` runs.
 MUTATIONS = {
     "opd.py": [
         ("(mask, log_u, 0.0).detach()", "(mask, log_u, 0.0)", "estimators: baselines_are_detached"),
@@ -123,8 +99,6 @@ MUTATIONS = {
         ("teacher_logp.mean(0)", "teacher_logp[0]", "evaluate: every_reference"),
         ("max_new_tokens, greedy=True)", "max_new_tokens)", "evaluate: likeliest"),
         ("z2 / (4 * trials)", "z2 / (2 * trials)", "wires: wilson"),
-        ("& ~rollout.truncated", "", "evaluate: right_answer"),
-        ("== 0\n\n\n@torch", "== 1\n\n\n@torch", "evaluate: reasoning_span"),
     ],
     "arithmetic.py": [
         ("groups = groups[1:] + groups[:1]", "pass", "arithmetic: shuffled"),
@@ -132,6 +106,8 @@ MUTATIONS = {
         ("problems != [problem", "[] != [problem", "arithmetic: shuffled"),
         ("list(TASKS).index(task)", "0", "arithmetic: own_split"),
         ("rng.integers(10, size=size)])", "rng.integers(1, 10, size=size)])", "wires: every_digit"),
+        ("& ~rollout.truncated", "", "evaluate: right_answer"),
+        ('encode("#")[0]).cumsum(1) == 0', 'encode("#")[0]).cumsum(1) == 1', "evaluate: reasoning_span"),
     ],
     "divergences.py": [
         ("return -self.f(log_u)", "return self.f(log_u)", "exact: missing_term"),
@@ -164,6 +140,9 @@ MUTATIONS = {
         ("eps_w: float = option(0.2,", "eps_w: float = option(0.3,", "wires: papers_settings"),
         ("made |= METHODS[method].recipe", "made |= {}", "train: recipe"),
         ("needs(method)] or list(METHODS)", "needs(method)]", "train: recipe"),
+        ("if not _has_type(value, field.type):", "if False:", "edited_code: made_by_hand"),
+        ("elif getattr(self, field.name) != defaults[field.name]:", "elif False:", "edited_code: made_by_hand"),
+        ("float(getattr(self, field.name))", "getattr(self, field.name)", "edited_code: the_same_run"),
     ],
     "rollout.py": [
         ("unfinished & (token != EOS)", "unfinished", "rollout: first_eos"),
@@ -194,7 +173,7 @@ MUTATIONS = {
         ("if len(of_model) == KEPT:", "if False:", "fast_rollout: is_replayed"),
         ("state, graphs  # not", "(state, extend), graphs  # not", "fast_rollout: is_replayed"),
     ],
-    "system/checks.py": [
+    "checks.py": [
         ("if advantage.requires_grad:", "if False:", "estimators: misuse"),
     ],
     "methods.py": [
@@ -240,26 +219,41 @@ MUTATIONS = {
     ],
     "../train.py": [
         ("if epoch == 0:", "if True:", "methods: rewarded"),
-        ('"optimizer": optimizer, "teacher": teacher}', '"optimizer": optimizer}', "train: keeps_its_teacher"),
+        ("optimizer=optimizer, teacher=teacher)", "optimizer=optimizer)", "train: keeps_its_teacher"),
         ("teacher.config.n_embd)", "student.config.n_embd)", "train: precision_is"),
-        ("prompt_length, teacher_prompts)", "prompt_length, prompts)", "methods: self_teacher"),
+        ("prompt_length, batch.teacher_prompts)", "prompt_length, batch.prompts)", "methods: self_teacher"),
         ('cfg.grad_clip or float("inf")', 'float("inf")', "methods: shortened"),
         ("4 * cfg.eval_size, held_out=True", "4 * cfg.eval_size", "methods: held_out"),
-        ('"rollout", step, device)', '"rollout", 0, device)', "train: other_problems"),
+        ('own("rollout"), step, device)', 'own("rollout"), 0, device)', "train: other_problems"),
+        ('distributed.own("rollout")', '"rollout"', "wires: every_rank"),
+        ("student_logits=student_logits,", "student_logits=teacher_logits,", "methods: distillation"),
+        ("if METHODS[cfg.method].samples else", "if True else", "train: every_method"),
         (
             "replicate(compiled(cfg.compile, student))",
             "replicate(compiled(cfg.compile, teacher))",
             "train: every_method_trains",
         ),
         ("step % cfg.teacher_sync == 0", "step == 0", "train: frozen_synced"),
-        ("evaluate(student, teacher, problems", "evaluate(student, student, problems", "wires: first_row"),
+        (
+            "                student,\n                teacher,\n                problems",
+            "                student,\n                student,\n                problems",
+            "wires: first_row",
+        ),
         ("precision(cfg.dtype, run", 'precision("auto", run', "wires: dtype"),
         ("min(1, 10 * (step + 1) / cfg.steps)", "1", "train: learning_rate"),
+        ("fall = 1 - step / cfg.steps", "fall = 1", "train: learning_rate"),
     ],
-    "system/streams.py": [
+    "tokenizer.py": [
+        ("            break", "            continue", "tokenizer: round_trip"),
+    ],
+    "streams.py": [
+        ("zlib.crc32(purpose.encode())", "hash(purpose) % 2**32", "wires: every_process"),
+    ],
+    "system/batches.py": [
+        ('slots_of(problems, "blank"))', "references)", "methods: self_teacher"),
         (
-            '(slots_of(problems, "blank"), references)',
-            '(references, slots_of(problems, "blank"))',
+            "teacher_prompts=prompts_of(problems, device, references)",
+            "teacher_prompts=prompts_of(problems, device, slots_of(problems, 'blank'))",
             "methods: self_teacher",
         ),
         (
@@ -267,10 +261,13 @@ MUTATIONS = {
             '"problems", cfg.batch_size // cfg.copies)',
             "streams: drawn_anew",
         ),
-        ('"reference", step)', '"reference")', "streams: drawn_anew"),
-        ('OF_EACH_RANK = ("rollout", "reference")', "OF_EACH_RANK = ()", "streams: every_rank"),
+        ('distributed.own("reference"), step)', 'distributed.own("reference"))', "streams: drawn_anew"),
+        ('distributed.own("reference")', '"reference"', "streams: references_of_its_own"),
         ("rng, held_out)", "rng)", "methods: held_out"),
-        ("zlib.crc32(purpose.encode())", "hash(purpose) % 2**32", "wires: every_process"),
+    ],
+    "system/distributed.py": [
+        ('else f"{purpose} of rank {rank()}"', "else purpose", "streams: every_rank"),
+        ("return purpose if rank() == 0 else", "return", "streams: every_rank"),
     ],
     "sft.py": [
         ("encode(text) + [EOS]", "encode(text)", "methods: worked_solution"),
@@ -287,7 +284,7 @@ MUTATIONS = {
         ("self.position.weight[at]", "self.position.weight[:T]", "gpt: cached_logits"),
         ("with autocast(enabled=False) if lower", "with autocast() if lower", "wires: dtype"),
     ],
-    "law.py": [
+    "exact/law.py": [
         ("(1 - b) * torch.log1p", "b * torch.log1p", "judge: name_is_found"),
         ("* exp(-sx)", "* exp(sx)", "judge: generator_of"),
         ("exp(x) * x * (w", "x * (w", "judge: what_opd"),
@@ -296,7 +293,7 @@ MUTATIONS = {
         ("z + step, z)", "z - step, z)", "judge: updates_lead"),
         ("p * (A - (p * A).sum(-1, keepdim=True))", "p * A", "judge: expected_update"),
     ],
-    "judge.py": [
+    "exact/judge.py": [
         ("(J - J.mT).norm", "(J + J.mT).norm", "judge: asymmetry"),
         ("(work.sum(1).abs()", "(work.sum(1).abs() * 0", "judge: jump"),
         ("corners.roll(-1, 1)", "corners.roll(1, 0)", "judge: jump"),
@@ -310,14 +307,14 @@ MUTATIONS = {
         ("update(A, log_q, log_q)", "update(A, log_p, log_q)", "judge: teacher_and"),
         ("if not good), ", "if good), ", "judge: wrong_advantage"),
     ],
-    "exact.py": [
+    "exact/enumeration.py": [
         ("world.probability().detach()", "world.probability(theta)", "exact: prefix_by_prefix"),
         ("world.probability().detach()", "world.probability()", "exact: own_weights"),
         ("ends.cumsum(1) - ends == 0", "ends.cumsum(1) == 0", "exact: listed_once"),
         ("second - mean.square().sum()", "second", "exact: one_response_at_a_time"),
         ("f(log_u.sum(1))", "f(log_u).sum(1)", "exact: names_say"),
     ],
-    "exact_rewards.py": [
+    "exact/rewards.py": [
         ("prefix, weight * reward)", "prefix, reward)", "exact_rewards: share_a_prefix"),
         ("world.tokens[:, n]), V[-1])", "world.tokens[:, n]), V[0])", "exact_rewards: share_a_prefix"),
         ("world.probability(theta) * reward", "world.probability() * reward", "exact_rewards: with_token_advantages"),
@@ -329,8 +326,10 @@ MUTATIONS = {
         ("rate**k * (1 - rate)", "rate ** (G - k) * (1 - rate)", "exact_rewards: enumerated_groups"),
         ("reward == 0) | (reward == 1", "reward >= 0) | (reward == 1", "exact_rewards: right_and_wrong"),
     ],
-    "../notebooks/seeds.py": [("<= 1e-12:", "<= 1e-3:", "wires: small_differences")],
-    "../notebooks/claims.py": [("verdict(d, p, len(tested))", "verdict(d, p, len(claims))", "wires: verdict_counts")],
+    "../notebooks/lab/seeds.py": [("<= 1e-12:", "<= 1e-3:", "wires: small_differences")],
+    "../notebooks/lab/claims.py": [
+        ("verdict(d, p, len(tested))", "verdict(d, p, len(claims))", "wires: verdict_counts")
+    ],
     "../notebooks/credit.py": [
         ("rollout.logp[:, n - 1].exp() < sure", "rollout.logp[:, n].exp() < sure", "wires: token_before"),
         ("(right_logp - wrong_logp) / tau", "(right_logp - wrong_logp) * tau", "wires: added_contrast"),
@@ -341,17 +340,36 @@ MUTATIONS = {
     "system/checkpoint.py": [
         ("if there.get(name) != here[name]", "if name in there and there[name] != here[name]", "wires: lacks_what"),
     ],
-    "system/folder.py": [('"sft_lr", "reference_slot"', '"reference_slot"', "wires: another_file")],
+    "system/folder.py": [
+        ('"sft_lr", "reference_slot"', '"reference_slot"', "wires: another_file"),
+        ("there.get(name) != code.get(name)", "name not in there", "edited_code: by_other_code"),
+        ("if len(different) == 1:", "if different:", "edited_code: names_the_run"),
+        (
+            "theirs, ours = other.not_default, cfg.not_default",
+            "theirs, ours = vars(other), vars(cfg)",
+            "edited_code: brings",
+        ),
+    ],
+    "system/sources.py": [('LEFT_OUT = ("checkpoint", ', "LEFT_OUT = (", "edited_code: decides_no_number")],
     "system/report.py": [
         ("torch.stack(correct, 1)", "torch.stack(correct)", "wires: pass_at_4"),
         ('generator, "work")', "generator)", "wires: pass_at_4"),
     ],
     "system/runs.py": [
-        ("stop.check()  # a signal", "None  # a signal", "train: after_the_last_update"),
+        ("            stop.check()\n", "            pass\n", "train: after_the_last_update"),
         ("torch_stream(self.cfg.seed, f", "torch_stream(0, f", "wires: two_seeds"),
-        ('self.started - state["seconds"]', "self.started", "wires: clock"),
+        ('self.started -= state["seconds"]', "pass", "wires: clock"),
+        (
+            "self.cfg.run_key(resumed=True) | self.code",
+            "self.cfg.run_key(resumed=True)",
+            "edited_code: without_config_json",
+        ),
+        ("if not os.path.exists(self", "if False and os.path.exists(self", "edited_code: comes_back_whole"),
     ],
-    "../notebooks/reproduce.py": [
+    "system/signals.py": [
+        ("is threading.main_thread()", "is not None", "edited_code: another_thread"),
+    ],
+    "../notebooks/lab/reproduce.py": [
         ('("loss", "grad_norm", "clip', '("grad_norm", "clip', "wires: every_column"),
         ("--method rlsd --reference shuffled", "--method rlsd --reference none", "wires: arm_is_called"),
         ('"--seed", str(seed), "--out-dir"', '"--seed", "0", "--out-dir"', "reproduce: every_seed"),
@@ -370,8 +388,10 @@ MUTATIONS = {
         ('if row["experiment"] != experiment]', 'if row["experiment"] == experiment]', "reproduce: not_run_twice"),
         ('if changed else "")', 'if not changed else "")', "reproduce: commit_is_named"),
         ("if run.oracle in ceiling.ARMS", "if False", "reproduce: place_of_the_update"),
+        ("CODE | self.code_of_oracle)", "CODE)", "edited_code: by_other_code"),
+        ("mock.patch.dict(train.CODE, run.code_of_oracle)", "mock.patch.dict({})", "edited_code: by_other_code"),
     ],
-    "../notebooks/ceiling.py": [
+    "../notebooks/lab/ceiling.py": [
         (".flip(1).cumsum(1).flip(1)", ".cumsum(1)", "ceiling: go_on_as_taught"),
         (".cumprod(1)", "", "ceiling: go_on_as_taught"),
         ("ended, rewards[:, None], V", "ended, 0.0, V", "ceiling: go_on_as_taught"),
@@ -399,7 +419,6 @@ OF_A_RUN = {
         ),
         ('f"{who} solutions"', '"solutions"', "wires_held: different_problems"),
         ('"evaluation", step, run', '"evaluation", 0, run', "wires_held: numbers_of_its_own"),
-        ('["blank"] * len(arithmetic.REFERENCES)', '["blank"]', "wires_held: as_many_blank"),
         ('numpy_stream(cfg.seed, f"{who} views")', 'numpy_stream(0, f"{who} views")', "wires_held: as_many_blank"),
     ],
     "methods.py": [
@@ -409,13 +428,13 @@ OF_A_RUN = {
             "wires_held: every_gamma",
         ),
     ],
-    "gpt.py": [('(2 if "blocks" in name else 1)', "1", "wires_held: gain_of_two")],
-    "evaluate.py": [('"truncated": rollout.', '"truncated": greedy.', "wires_held: of_the_sampled_answers")],
-    "sft.py": [
+    "gpt.py": [
+        ('(2 if "blocks" in name else 1)', "1", "wires_held: gain_of_two"),
         ("betas=(0.9, 0.95)", "betas=(0.9, 0.999)", "wires_held: betas"),
         ("betas=(0.9, 0.95)", "betas=(0.8, 0.95)", "wires_held: betas"),
         ("weight_decay=0.0", "weight_decay=0.01", "wires_held: betas"),
     ],
+    "sft.py": [('["blank", "blank", *arith', '["blank", *arith', "wires_held: as_many_blank")],
     "system/config.py": [
         ("solution_length(self.digits) + 5", "solution_length(self.digits) + 4", "wires_held: five_tokens_more"),
         ("solution_length(self.digits) + 5", "solution_length(self.digits) + 6", "wires_held: five_tokens_more"),
@@ -423,20 +442,28 @@ OF_A_RUN = {
     ],
     "system/runs.py": [
         (
-            "step * self.cfg.batch_size}",
-            "step * self.cfg.batch_size * self.cfg.epochs}",
+            "step * self.cfg.batch_size\n",
+            "step * self.cfg.batch_size * self.cfg.epochs\n",
             "wires_held: counts_its_rollouts",
         ),
         (
-            '{"seconds": round(self.seconds, 3)}',
-            '{"seconds": round(time.monotonic() - self.started, 3)}',
+            "round(self.seconds, 3)",
+            "round(time.monotonic() - self.started, 3)",
             "wires_held: clock_of_a_row",
         ),
-        ('"seconds": time.monotonic() - self.started,', '"seconds": self.seconds,', "wires_held: clock_of_a_resumed"),
+        (
+            'state["seconds"] = time.monotonic() - self.started',
+            'state["seconds"] = self.seconds',
+            "wires_held: clock_of_a_resumed",
+        ),
         ("self.bar.update(first)", "pass", "wires_held: bar_of_a_resumed"),
-        ('"accuracy {accuracy:.3f}', '"accuracy {greedy_accuracy:.3f}', "wires_held: under_its_own_label"),
+        ("{measured['accuracy']:.3f}", "{measured['greedy_accuracy']:.3f}", "wires_held: under_its_own_label"),
         ('f"{who} weights"', '"weights"', "wires_held: of_one_size"),
-        ("self.stop.check()\n            for", "pass\n            for", "wires_held: ends_a_warm_start"),
+        (
+            "            self.said = now\n        self.stop.check()",
+            "            self.said = now",
+            "wires_held: ends_a_warm_start",
+        ),
     ],
     "system/report.py": [
         (
@@ -493,61 +520,13 @@ CASES = [
 ]
 
 
-def run_suite(package_parent: str, file: str, expression: str) -> None:
-    """Body of the process: the tests of a file that match, with the package under package_parent.
-
-    Exits with pytest's code, or 99 when it was not that package that was tested.
-    """
-    code = 99
-    try:
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
-        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        sys.path[:0] = [package_parent, os.path.join(package_parent, "notebooks")]
-        import train  # it imports the package
-
-        if Path(train.__file__).is_relative_to(package_parent) and Path(train.sft.__file__).is_relative_to(
-            package_parent
-        ):
-            options = ["-x", "-o", "addopts=", "-o", "pythonpath=", "--assert=plain", "-p", "no:cacheprovider"]
-            options += ["--rootdir", package_parent]
-            code = pytest.main([str(TESTS / f"test_{file}.py"), "-k", expression, *options])
-    finally:
-        os._exit(code)
-
-
-def exit_code_of_suite(package_parent: Path, file: str, expression: str) -> int:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SLOW_IMPORTS)
-    process = context.Process(target=run_suite, args=(str(package_parent), file, expression))
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-@pytest.fixture
-def copy(tmp_path):
-    """A folder with a copy of the package in it."""
-    shutil.copytree(TESTS.parent / "nano_opd", tmp_path / "nano_opd", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(TESTS.parent / "train.py", tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    for path in (TESTS.parent / "notebooks").glob("*.py"):
-        shutil.copy(path, tmp_path / "notebooks")
-    return tmp_path
-
-
 @pytest.mark.parametrize("file,old,new,guard", CASES, ids=[f"{c[0]}-{c[2].strip()}" for c in CASES])
-def test_the_suite_fails_on_the_mutant(file, old, new, guard, copy):
-    path = copy / "nano_opd" / file
-    source = path.read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    path.write_text(source.replace(old, new), encoding="utf-8")
-    assert exit_code_of_suite(copy, *guard.split(": ")) == pytest.ExitCode.TESTS_FAILED
+def test_the_suite_fails_on_the_mutant(file, old, new, guard, copied_package):
+    assert exit_code_on_the_mutant(copied_package, file, old, new, guard) == pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.mark.parametrize("file", sorted({guard.split(": ")[0] for *_, guard in CASES}))
-def test_the_suite_passes_on_the_unchanged_copy(file, copy):
+def test_the_suite_passes_on_the_unchanged_copy(file, copied_package):
     """Every test that a mutation relies on: were one of them always red, its mutants would prove nothing."""
     expressions = {guard.split(": ")[1] for *_, guard in CASES if guard.startswith(f"{file}: ")}
-    assert exit_code_of_suite(copy, file, " or ".join(sorted(expressions))) == pytest.ExitCode.OK
+    assert exit_code_of_suite(copied_package, file, " or ".join(sorted(expressions))) == pytest.ExitCode.OK

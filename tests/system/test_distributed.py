@@ -1,6 +1,6 @@
 """Two processes under torchrun: the gradient of one, a single writer, and an end for all when one of them ends.
 
-This file is also the program of those processes: `torchrun tests/test_distributed.py shares|run <folder> …`.
+This file is also the program of those processes: `torchrun tests/system/test_distributed.py shares|run <folder> …`.
 """
 
 import copy
@@ -25,7 +25,7 @@ from nano_opd.rollout import Rollout, sample
 from nano_opd.system import checkpoint, config, console, distributed
 from nano_opd.system.fast_rollout import sampler
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = (
     "--digits 2 --teacher-layers 1 --teacher-width 16 --student-layers 1 --student-width 8 --teacher-steps 5 "
     "--student-steps 3 --sft-batch-size 8 --batch-size 16 --eval-size 4 --eval-every 5 --steps 12 --device cpu"
@@ -177,14 +177,14 @@ def torchrun(program, *arguments):
 
 
 def run(out_dir, event="", *arguments):
-    return torchrun("tests/test_distributed.py", "run", out_dir, event, *arguments)
+    return torchrun("tests/system/test_distributed.py", "run", out_dir, event, *arguments)
 
 
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory):
     """What each of the two ranks drew and what gradient it ended with, by arm."""
     folder = tmp_path_factory.mktemp("shares")
-    ended = torchrun("tests/test_distributed.py", "shares", folder)
+    ended = torchrun("tests/system/test_distributed.py", "shares", folder)
     assert ended.returncode == 0, ended.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 

@@ -13,9 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lab import bench, reproduce
-from test_reproduce import TINY as TINY_ARM
-from test_reproduce import tiny  # noqa: F401, a fixture
+from lab import bench
 from test_train import ROOT, TINY, metrics, refused, run, same, snapshot
 
 import train
@@ -177,23 +175,6 @@ def test_a_checkpoint_knows_its_code_without_config_json(tmp_path, capsys, monke
         said = refused(capsys, *SHORT, "--out-dir", str(tmp_path), "--resume")
     assert "belongs to another configuration (nano_opd/opdplus.py is" in said
     run(tmp_path, "--steps", "2", "--resume")
-
-
-def test_an_experiment_is_not_finished_by_other_code(tiny, monkeypatch, capsys):  # noqa: F811
-    common = f"{TINY_ARM} --steps 2"
-    arms = {"grpo": "--method grpo", "exact A": "--method grpo"}
-    tiny(common, **arms)
-    assert "no checkpoint" not in capsys.readouterr().out  # every run is given --resume
-    tiny(common, **arms)
-    assert "0 of 4 runs to make" in capsys.readouterr().out
-    with monkeypatch.context() as patched:
-        patched.setitem(reproduce.CODE, "nano_opd/grpo.py", "edited")
-        with pytest.raises(SystemExit, match=r"the code has changed since .*grpo.* \(nano_opd/grpo.py\): move it away"):
-            tiny(common, **arms)
-    monkeypatch.setitem(reproduce.CODE_OF_ORACLES, "notebooks/ceiling.py", "edited")
-    with pytest.raises(SystemExit, match=r"exact-A.* \(notebooks/ceiling.py\)"):
-        tiny(common, **arms)
-    tiny(common, grpo=arms["grpo"])  # which has no oracle
 
 
 # -------------------------------------------------------------------------------------------------------------- resume

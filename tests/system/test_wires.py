@@ -18,10 +18,10 @@ import train
 from nano_opd import arithmetic, divergences, rollout, sft
 from nano_opd.arithmetic import prompts_of, slots_of
 from nano_opd.evaluate import evaluate, wilson
-from nano_opd.gpt import GPT
+from nano_opd.gpt import GPT, adamw
 from nano_opd.rollout import sample
 from nano_opd.streams import numpy_stream, torch_stream
-from nano_opd.system import checkpoint, config, folder, report, runs
+from nano_opd.system import batches, checkpoint, config, folder, report, runs
 from nano_opd.system.batches import draw_problems
 from nano_opd.tokenizer import PAD
 
@@ -71,9 +71,32 @@ def test_two_seeds_begin_with_other_weights_even_without_a_warm_start(tmp_path):
     made = []
     for seed in ("0", "1"):
         cfg = config.parse([*TINY, "--student-steps", "0", "--out-dir", str(tmp_path), "--seed", seed])
-        with runs.start(cfg, train.CODE) as run:
-            made.append(run.cached("student", train.warm_start).embedding.weight)
+        with runs.opened(cfg, train.CODE) as run:
+            made.append(train.warm_start(run, "student").embedding.weight)
     assert not torch.equal(*made)
+
+
+def test_every_rank_draws_its_own_answers_and_references_and_all_draw_the_same_problems(monkeypatch):
+    """Rank 0 goes on as if it were alone; the streams of the others have the names of their ranks."""
+    cfg = config.Config(method="rlsd", digits=2, batch_size=24, student_width=8)
+    drawn = []
+
+    def noted(stream):
+        def note(seed, purpose, *rest):
+            drawn.append(purpose)
+            return stream(seed, purpose, *rest)
+
+        return note
+
+    monkeypatch.setattr(train, "torch_stream", noted(torch_stream))
+    monkeypatch.setattr(batches, "numpy_stream", noted(numpy_stream))
+    student = GPT(cfg.gpt("student"))
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        train.update(cfg, 3, student, student, adamw(student, 0.0), sample)
+    names = {"problems", "reference", "rollout"}
+    assert drawn[:3] == ["problems", "reference", "rollout"] and set(drawn[:3]) == names
+    assert drawn[3:] == ["problems", "reference of rank 1", "rollout of rank 1"]
 
 
 # ----------------------------------------------------------------------------------------------- warm starts, precision
@@ -89,19 +112,18 @@ def test_the_rate_of_a_warm_start_falls_to_zero(monkeypatch):
 
     monkeypatch.setattr(sft, "adamw", recorded)
     problems = arithmetic.sample_problems("add", 2, 8, np.random.default_rng(0))
-    for _ in sft.train(GPT(config.Config(digits=2).gpt("student")), problems, 2, 0.1):
-        pass
+    sft.warm_start(GPT(config.Config(digits=2).gpt("student")), problems, batch_size=2, lr=0.1)
     assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
 
 
 def test_a_warm_start_learns_its_solutions_and_nothing_of_its_prompts():
     """With references, in both styles: the step is that of −Σ log p over the tokens of the solution alone."""
     problems = arithmetic.sample_problems("add", 2, 4, np.random.default_rng(0))
-    styles = ["blank", "work", "cite", "blank"]
+    styles = np.random.default_rng(3).choice(sft.VIEWS, 4).tolist()
+    assert set(styles) == {"blank", *arithmetic.REFERENCES}
     model = new_model(config.Config(method="rlsd", digits=2).gpt("student").block_size, n_layer=1, n_embd=16)
     other = copy.deepcopy(model)
-    for _ in sft.train(model, problems, 4, 0.01, styles):
-        pass
+    sft.warm_start(model, problems, np.random.default_rng(3), batch_size=4, lr=0.01)
     loss = 0.0
     for problem, style in zip(problems, styles):
         prompt = prompts_of([problem], slots=slots_of([problem], style))
@@ -126,7 +148,12 @@ def test_another_warm_start_has_another_file(flag):
 
 def test_the_dtype_that_is_asked_for_multiplies_and_the_logits_stay_float32(tmp_path, monkeypatch):
     seen, right = [], train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *g: (seen.append((g[0].precision, g[1].precision)), right(*g))[1])
+
+    def noted(student, teacher, **options):
+        seen.append((student.precision, teacher.precision))
+        return right(student, teacher, **options)
+
+    monkeypatch.setattr(train, "evaluate", noted)
     train.main([*TINY, "--dtype", "bfloat16", "--device", "cpu", "--out-dir", str(tmp_path)])
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
     model = new_model(8)

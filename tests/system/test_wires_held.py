@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -20,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import train
 from nano_opd import arithmetic, sft
-from nano_opd.evaluate import evaluate, wilson
+from nano_opd.evaluate import wilson
 from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.methods import METHODS
 from nano_opd.rollout import Rollout, sample
@@ -123,9 +122,9 @@ def clock(monkeypatch):
         clock[0] += 1
         return update(*arguments)
 
-    def long_evaluation(*arguments):
+    def long_evaluation(*arguments, **options):
         clock[0] += 100
-        return evaluate(*arguments)
+        return evaluate(*arguments, **options)
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(train, "update", update_of_a_second)
@@ -160,24 +159,6 @@ def test_every_evaluation_draws_numbers_of_its_own(tmp_path):
     """At a learning rate of 0 steps 1 to 4 evaluate one student on the same problems."""
     run_dir = run(tmp_path, *"--lr 0 --steps 5 --eval-every 1 --eval-size 20".split())
     assert len(set(column(run_dir, "entropy")[1:5])) == 4
-
-
-def test_what_is_said_of_an_evaluation_is_of_the_sampled_answers(tmp_path):
-    """The sampled answers are worked solutions, and the greedy ones never end."""
-    problems = arithmetic.sample_problems("add", 2, 5, np.random.default_rng(0))
-    cfg = config.parse(TINY)
-    model = GPT(cfg.gpt("student"))
-
-    def sample(model, prompts, max_new_tokens, generator=None, greedy=False):
-        rollout = Script(lambda *_: True)(model, prompts, max_new_tokens)
-        if greedy:
-            rollout.tokens[:, cfg.prompt_length :] = encode("1")[0]
-            rollout.mask[:] = True
-        return rollout
-
-    measured = evaluate(model, model, problems, cfg.response_cap, torch.Generator(), sample=sample)
-    assert (measured["accuracy"], measured["greedy_accuracy"], measured["truncated"]) == (1, 0, 0)
-    assert measured["response_length"] == cfg.response_cap - 5
 
 
 @pytest.mark.parametrize("task", [*arithmetic.TASKS, "mix"])
@@ -260,13 +241,13 @@ def test_every_step_of_teacher_and_student_is_adams_with_betas_of_0_9_and_0_95_a
 
 def test_teacher_and_student_learn_from_different_problems(tmp_path, monkeypatch):
     taught = []
-    sft_train = sft.train
+    warm_start = sft.warm_start
 
-    def noted(model, problems, *rest):
+    def noted(model, problems, *rest, **named):
         taught.append(problems)
-        return sft_train(model, problems, *rest)
+        warm_start(model, problems, *rest, **named)
 
-    monkeypatch.setattr(sft, "train", noted)
+    monkeypatch.setattr(sft, "warm_start", noted)
     run(tmp_path, *"--digits 4 --teacher-steps 2 --student-steps 2".split())
     student, teacher = taught
     assert len(student) == len(teacher) == 16 and not set(student) & set(teacher)
@@ -279,12 +260,14 @@ def views_of_a_warm_start(tmp_path, monkeypatch):
     def views(seed: int) -> list[str]:
         noted = []
 
-        def note(model, problems, batch_size, lr, styles):
-            noted.extend(styles)
-            return iter(())
+        def note(problems, device, styles):
+            if styles is not None:
+                noted.extend(styles)
+            return solution_tokens(problems, device, styles)
 
+        solution_tokens = sft.solution_tokens
         with monkeypatch.context() as patch:
-            patch.setattr(sft, "train", note)
+            patch.setattr(sft, "solution_tokens", note)
             run(tmp_path, *f"--method rlsd --student-steps 100 --seed {seed}".split())
         return noted
 
@@ -323,17 +306,19 @@ def test_a_block_starts_as_the_identity_and_reads_its_input_with_a_gain_of_two()
 
 
 def test_a_signal_ends_a_warm_start_at_once_and_nothing_of_it_is_kept(tmp_path, monkeypatch, capsys):
-    sft_train = sft.train
+    warm_start = sft.warm_start
     updates = []
 
-    def interrupted(*arguments):
-        for _ in sft_train(*arguments):
+    def interrupted(*arguments, after_update):
+        def update():
             updates.append(None)
             if len(updates) == 2:
                 signal.raise_signal(signal.SIGTERM)
-            yield
+            after_update()
 
-    monkeypatch.setattr(sft, "train", interrupted)
+        warm_start(*arguments, after_update=update)
+
+    monkeypatch.setattr(sft, "warm_start", interrupted)
     with pytest.raises(SystemExit) as end:
         run(tmp_path, "--student-steps", "9")
     assert end.value.code == 143 and len(updates) == 2
@@ -366,7 +351,7 @@ def measured(monkeypatch):
     """Let the evaluations of a run with two updates find what stands in MEASURED."""
     evaluations = []
 
-    def evaluate(*_):
+    def evaluate(*_, **__):
         evaluations.append(None)
         return {name: values[len(evaluations) - 1] for name, values in MEASURED.items()}
 
