@@ -90,6 +90,7 @@ def test_every_rank_draws_its_own_answers_and_references_and_all_draw_the_same_p
 
     monkeypatch.setattr(train, "torch_stream", noted(torch_stream))
     monkeypatch.setattr(batches, "numpy_stream", noted(numpy_stream))
+    monkeypatch.setattr(batches.distributed, "shard", lambda groups: groups)
     student = GPT(cfg.gpt("student"))
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
@@ -118,19 +119,19 @@ def test_the_rate_of_a_warm_start_falls_to_zero(monkeypatch):
 
 def test_a_warm_start_learns_its_solutions_and_nothing_of_its_prompts():
     """With references, in both styles: the step is that of −Σ log p over the tokens of the solution alone."""
-    problems = arithmetic.sample_problems("add", 2, 4, np.random.default_rng(0))
-    styles = np.random.default_rng(3).choice(sft.VIEWS, 4).tolist()
+    problems = arithmetic.sample_problems("add", 2, 8, np.random.default_rng(0))
+    styles = np.random.default_rng(3).choice(sft.VIEWS, 8).tolist()
     assert set(styles) == {"blank", *arithmetic.REFERENCES}
     model = new_model(config.Config(method="rlsd", digits=2).gpt("student").block_size, n_layer=1, n_embd=16)
     other = copy.deepcopy(model)
-    sft.warm_start(model, problems, np.random.default_rng(3), batch_size=4, lr=0.01)
+    sft.warm_start(model, problems, np.random.default_rng(3), batch_size=8, lr=0.01)
     loss = 0.0
     for problem, style in zip(problems, styles):
         prompt = prompts_of([problem], slots=slots_of([problem], style))
         row = sft.solution_tokens([problem], styles=[style])
         logp = other(row[:, :-1]).log_softmax(-1).gather(-1, row[:, 1:, None])[0, :, 0]
         assert torch.equal(row[:, : prompt.shape[1]], prompt) and (row != PAD).all()
-        loss = loss - logp[prompt.shape[1] - 1 :].sum() / 4
+        loss = loss - logp[prompt.shape[1] - 1 :].sum() / 8
     optimizer = sft.adamw(other, 0.01)
     loss.backward()
     optimizer.step()

@@ -477,7 +477,7 @@ def test_a_run_that_is_refused_a_folder_leaves_what_its_owner_is_writing(tmp_pat
     arguments = [*TINY, "--out-dir", str(tmp_path)]
     cfg = config.parse(arguments)
     half_written = cfg.run_dir / ".metrics.csv.0123456789abcdef.tmp"
-    with folder.claim(cfg):
+    with folder.claim(cfg, train.CODE):
         half_written.write_bytes(b"step,")
         with pytest.raises(SystemExit):
             train.main(arguments)
