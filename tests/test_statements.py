@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lab import ceiling, claims, pages
-from lab.field import ROWS, top
+from lab.field import ROWS, in_top_k
 
 from nano_opd import divergences, exact, grpo, rlsd, topk
 from nano_opd.exact import law
@@ -213,7 +213,7 @@ def test_a_bucket_over_five_tokens_leads_no_student_to_the_teacher(whose):
     row = BY_NAME[f"top k of the {whose} and a bucket for its tail"]
     ends = law.paths(row.advantage, students, teacher, steps=3000)[-1]
     assert ((ends - teacher.exp()).norm(dim=1) > 0.02).all()
-    assert (ends - teacher.exp())[:, top(teacher)].abs().max() < 1e-6
+    assert (ends - teacher.exp())[:, in_top_k(teacher)].abs().max() < 1e-6
     sampled = law.paths(BY_NAME["top k and a sampled tail"].advantage, students, teacher, steps=1000)[-1]
     assert ((sampled - teacher.exp()).norm(dim=1) < 1e-6).all()
     assert "over five tokens none of 20 students arrives" in row.exactly
