@@ -114,7 +114,6 @@ def train(run: runs.Run, student: GPT, teacher: GPT) -> None:
                 problems=held_out if step in (0, cfg.steps) else held_out[: cfg.eval_size],
                 max_new_tokens=cfg.response_cap,
                 generator=torch_stream(cfg.seed, "evaluation", step, run.device),
-                reference_slot=cfg.reference_slot,
                 sample=sample_for_evaluation,
             )
             run.log_evaluation(measured)
