@@ -143,8 +143,7 @@ MUTATIONS = {
         ("option(SELF_TEACHER, 0.2,", "option(SELF_TEACHER, 0.3,", "wires: papers_settings"),
         ("made |= METHODS[method].recipe", "made |= {}", "train: recipe"),
         ("return list(METHODS)", "return those", "train: recipe"),
-        ("    check_type(field, value)
-    check_choice", "    check_choice", "edited_code: made_by_hand"),
+        ("    check_type(field, value)\n", "", "edited_code: made_by_hand"),
         ("if getattr(self, field.name) != defaults[field.name]:", "if False:", "edited_code: made_by_hand"),
         ("float(getattr(self, field.name))", "getattr(self, field.name)", "edited_code: the_same_run"),
     ],
