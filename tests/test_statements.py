@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lab import ceiling, claims, pages
-from lab.field import ROWS, top
+from lab.field import ROWS, in_top_k
 
 from nano_opd import divergences, exact, grpo, rlsd, topk
 from nano_opd.exact import law
@@ -91,7 +91,7 @@ def test_an_advantage_that_never_falls_but_is_constant_on_both_sides_of_1_rests_
     one_sided = law.of_u(lambda x: flat(x) + x.clamp(max=0))  # constant above u = 1 alone
     ends = law.paths(one_sided, law.STUDENTS.log(), law.TEACHER.log(), steps=4000)[-1]
     assert ((ends - law.TEACHER).norm(dim=1) < 0.02).all()
-    assert "if A never falls and is not constant on both sides of u = 1" in words("nano_opd/law.py")
+    assert "if A never falls and is not constant on both sides of u = 1" in words("nano_opd/exact/law.py")
     assert "if $h$ is convex and not flat on both sides of $u = 1$" in words("notebooks/01_estimator_bias.ipynb")
     assert "a convex $h$ that is not flat on both sides of $u = 1$" in words("notebooks/05_judge.ipynb")
 
@@ -213,7 +213,7 @@ def test_a_bucket_over_five_tokens_leads_no_student_to_the_teacher(whose):
     row = BY_NAME[f"top k of the {whose} and a bucket for its tail"]
     ends = law.paths(row.advantage, students, teacher, steps=3000)[-1]
     assert ((ends - teacher.exp()).norm(dim=1) > 0.02).all()
-    assert (ends - teacher.exp())[:, top(teacher)].abs().max() < 1e-6
+    assert (ends - teacher.exp())[:, in_top_k(teacher)].abs().max() < 1e-6
     sampled = law.paths(BY_NAME["top k and a sampled tail"].advantage, students, teacher, steps=1000)[-1]
     assert ((sampled - teacher.exp()).norm(dim=1) < 1e-6).all()
     assert "over five tokens none of 20 students arrives" in row.exactly

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import figures
+from intervals import mean_interval
 from lab import ceiling, reproduce
-from lab.seeds import equivalence_p, holm, mean_interval, paired_p
+from lab.seeds import equivalence_p, holm, paired_p
 
 Results = dict[str, list[list[dict]]]  # arm → one list of rows per seed
 

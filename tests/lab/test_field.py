@@ -6,7 +6,16 @@ from functools import cache
 
 import pytest
 import torch
-from lab.field import LAMBDA, ROWS, jsd, reference, skl, srkl, target, top
+from lab.field import (
+    LAMBDA,
+    ROWS,
+    generalised_jsd,
+    in_top_k,
+    reference,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+    target,
+)
 from torch import exp
 
 from nano_opd import divergences, exact
@@ -88,7 +97,11 @@ def test_which_rows_lead_to_the_teacher():
     }
 
 
-@pytest.mark.parametrize("d", [jsd(0.3), skl(0.2), srkl(0.2), jsd(0.5)], ids=lambda d: d.name)
+@pytest.mark.parametrize(
+    "d",
+    [generalised_jsd(0.3), skewed_forward_kl(0.2), skewed_reverse_kl(0.2), generalised_jsd(0.5)],
+    ids=lambda d: d.name,
+)
 def test_the_mixtures_are_divergences(d):
     """f as written has the f′ and w_f as written, f(1) = 0, f″ > 0; and JSD(½) is that of divergences.py."""
     x = X.clone().requires_grad_()
@@ -102,24 +115,26 @@ def test_the_mixtures_are_divergences(d):
 def test_the_ends_of_the_generalised_jsd():
     """It is β KL(q‖p) near 0 and (1−β) KL(p‖q) near 1."""
     small = 1e-5
-    close(value(jsd(small))(P, Q) / small, value(FORWARD)(P, Q), rtol=1e-3, atol=0)
-    close(value(jsd(1 - small))(P, Q) / small, value(REVERSE)(P, Q), rtol=1e-3, atol=0)
+    close(value(generalised_jsd(small))(P, Q) / small, value(FORWARD)(P, Q), rtol=1e-3, atol=0)
+    close(value(generalised_jsd(1 - small))(P, Q) / small, value(REVERSE)(P, Q), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])
 def test_the_skewed_divergences(alpha):
     """By their definitions as sums; the forward one's advantage is bounded, the reverse one's f never rises."""
     mixed = lambda a, b: torch.logaddexp(a + math.log(alpha), b + math.log(1 - alpha))  # ln(α a + (1−α) b)
-    close(value(skl(alpha))(P, Q), (exp(Q) * (Q - mixed(Q, P))).sum(-1))
-    close(value(srkl(alpha))(P, Q), (exp(P) * (P - mixed(P, Q))).sum(-1))
-    assert (skl(alpha).w_f(X) <= (1 - alpha) / alpha).all() and (srkl(alpha).f(X).diff() < 0).all()
+    close(value(skewed_forward_kl(alpha))(P, Q), (exp(Q) * (Q - mixed(Q, P))).sum(-1))
+    close(value(skewed_reverse_kl(alpha))(P, Q), (exp(P) * (P - mixed(P, Q))).sum(-1))
+    assert (skewed_forward_kl(alpha).w_f(X) <= (1 - alpha) / alpha).all() and (
+        skewed_reverse_kl(alpha).f(X).diff() < 0
+    ).all()
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.5, 0.9])
 def test_topd_is_opdplus_under_the_generalised_jsd(alpha):
     A = lambda x: (alpha * exp(x) + 1 - alpha).log()
-    close(A(X), jsd(alpha).w_f(X) / (1 - alpha))
-    close(A(X), srkl(1 - alpha).reward(X))  # and OPD under KL(p ‖ αq + (1−α)p)
+    close(A(X), generalised_jsd(alpha).w_f(X) / (1 - alpha))
+    close(A(X), skewed_reverse_kl(1 - alpha).reward(X))  # and OPD under KL(p ‖ αq + (1−α)p)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1, 2, 5])
@@ -169,14 +184,14 @@ def test_what_a_top_k_of_the_teacher_leaves():
 def test_a_bucket_leaves_the_tail_alone():
     """Equal on the top k and in the mass of the tail, however that is shared; and never more than reverse KL."""
     row = BY_NAME["top k of the teacher and a bucket for its tail"]
-    shared = torch.where(top(Q), Q, torch.where(top(Q), -torch.inf, P).log_softmax(-1) + _tail(Q))
+    shared = torch.where(in_top_k(Q), Q, torch.where(in_top_k(Q), -torch.inf, P).log_softmax(-1) + _tail(Q))
     close(shared.logsumexp(-1), torch.zeros(40, dtype=torch.float64))
     assert update(row.advantage, shared, Q).abs().max() < 1e-12 and (shared - Q).abs().max() > 0.1
     assert (row.descends(P, Q) < value(REVERSE)(P, Q)).all()
 
 
 def _tail(x):
-    return x.masked_fill(top(x), -torch.inf).logsumexp(-1, keepdim=True)
+    return x.masked_fill(in_top_k(x), -torch.inf).logsumexp(-1, keepdim=True)
 
 
 def test_a_sampled_tail_is_unbiased_and_quieter():
@@ -184,7 +199,7 @@ def test_a_sampled_tail_is_unbiased_and_quieter():
 
     def estimator(tokens, mask, p, q):
         log_p, A = p.log_softmax(-1), (q.log_softmax(-1) - p.log_softmax(-1) - 1).detach()
-        kept = top(log_p)
+        kept = in_top_k(log_p)
         head = torch.where(kept, log_p.detach().exp() * A * log_p, 0.0).sum(-1)
         outside = torch.where(kept, 0.0, A * log_p).gather(-1, tokens[..., None])[..., 0]
         return -torch.where(mask, head + outside, 0.0).sum() / len(mask)
