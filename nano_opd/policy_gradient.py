@@ -77,8 +77,9 @@ def reduce(terms: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
 
 
 def future_return(reward: Tensor, gamma: float) -> Tensor:
-    """Return γ G_{n+1} = Σ_{m>n} γ^{m−n} r_m, (B, R): what is still to come, discounted from the token itself
-    and not from the start.
+    """Return γ G_{n+1} = Σ_{m>n} γ^{m−n} r_m, (B, R): what is still to come.
+
+    It is discounted from the token itself and not from the start of the response.
 
     reward  (B, R), 0 where there is no token
     gamma   discount γ ∈ [0, 1]
