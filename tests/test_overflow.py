@@ -3,6 +3,7 @@
 The references are the textbook formulas, computed with hundreds of digits.
 """
 
+import functools
 import math
 
 import mpmath
@@ -144,18 +145,27 @@ def divergence_of_each_prefix(name, logits, stop_gradient):
     return values.detach(), gradient.squeeze(1)
 
 
-def exact_divergence_of_each_prefix(name, logits, stop_gradient):
-    """The same by p f(q/p), with hundreds of digits: value and Σ_v ∇p_v m_v with m = f − u f′, or f; max |p_v m_v|."""
-    f, f_prime, _ = textbook(name)
-    student, teacher = logits.double().flatten(1, 2)
-    values = []
-    gradients = []
-    sizes = []
+@functools.cache
+def exact_ratios(scale):
+    """p and u = q/p of the tokens of every prefix, with hundreds of digits."""
+    student, teacher = logits_of(scale).double().flatten(1, 2)
+    prefixes = []
     with mpmath.workdps(400):
         for z, y in zip(student.tolist(), teacher.tolist()):
             p = softmax(z)
             q = softmax(y)
-            u = [b / a for a, b in zip(p, q)]
+            prefixes.append((p, [b / a for a, b in zip(p, q)]))
+    return prefixes
+
+
+def exact_divergence_of_each_prefix(name, scale, stop_gradient):
+    """The same by p f(q/p), with hundreds of digits: value and Σ_v ∇p_v m_v with m = f − u f′, or f; max |p_v m_v|."""
+    f, f_prime, _ = textbook(name)
+    values = []
+    gradients = []
+    sizes = []
+    with mpmath.workdps(400):
+        for p, u in exact_ratios(scale):
             cost = [f(x) for x in u]
             marginal = cost if stop_gradient else [c - x * f_prime(x) for c, x in zip(cost, u)]
             mean = sum(a * m for a, m in zip(p, marginal))
@@ -182,7 +192,7 @@ def to_float(x):
 def test_the_divergence_over_the_vocabulary_is_right_wherever_float32_can_hold_it(name, scale, stop_gradient):
     logits = logits_of(scale)
     value, gradient = divergence_of_each_prefix(name, logits, stop_gradient)
-    expected, expected_gradient, size = exact_divergence_of_each_prefix(name, logits, stop_gradient)
+    expected, expected_gradient, size = exact_divergence_of_each_prefix(name, scale, stop_gradient)
     require_close_where_representable(value, expected, size=0.0)
     representable = (expected.abs() < 1e36) & (size.squeeze(1) < 1e36)
     require_close_where_representable(gradient[representable], expected_gradient[representable], size[representable])
@@ -197,9 +207,7 @@ def test_the_exact_baselines_are_right_wherever_float32_can_hold_them(name, scal
     got = [method.exact_baseline(*logits, divergence).flatten() for method in (opd, opdplus)]
     expected = []
     with mpmath.workdps(400):
-        for z, y in zip(*logits.double().flatten(1, 2).tolist()):
-            p = softmax(z)
-            u = [b / a for a, b in zip(p, softmax(y))]
+        for p, u in exact_ratios(scale):
             cost = sum(a * f(x) for a, x in zip(p, u))
             expected.append((to_float(-cost), to_float(sum(a * x * f_prime(x) for a, x in zip(p, u)) - cost)))
     log_u = (logits[1].log_softmax(-1) - logits[0].log_softmax(-1)).flatten(0, 1)
