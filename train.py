@@ -8,9 +8,7 @@ What makes a run practical (its folder, resuming, signals, several devices) is i
 
 import copy
 
-from nano_opd.system import libraries  # noqa: F401, before torch, which imports tqdm: its environment may be wrong
-
-# isort: split
+from nano_opd.system import sources  # isort: skip (before torch: a bad value of a variable TQDM_… would stop it)
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,7 +21,7 @@ from nano_opd.methods import METHODS, Scored
 from nano_opd.policy_gradient import Fraction
 from nano_opd.rollout import score
 from nano_opd.streams import numpy_stream, torch_stream
-from nano_opd.system import distributed, endings, runs, sources
+from nano_opd.system import distributed, endings, runs
 from nano_opd.system.batches import draw_batch, draw_problems
 from nano_opd.system.config import Config, parse
 from nano_opd.system.console import accept_any_text
@@ -116,7 +114,6 @@ def train(run: runs.Run, student: GPT, teacher: GPT) -> None:
                 problems=held_out if step in (0, cfg.steps) else held_out[: cfg.eval_size],
                 max_new_tokens=cfg.response_cap,
                 generator=torch_stream(cfg.seed, "evaluation", step, run.device),
-                reference_slot=cfg.reference_slot,
                 sample=sample_for_evaluation,
             )
             run.log_evaluation(measured)

@@ -9,7 +9,7 @@ Its gradient Σ_v ∇p_v (f − u f′)(u_v) is the mean of OPD+'s at γ = 0 ove
 variance. With `stop_gradient` it is the mean of OPD's instead: that estimator's bias, without its noise.
 
 Where a token is far likelier to the teacher than to the student, u overflows while p f(u) is small. There the sum takes
-the same number from the teacher's side, q f°(p/q) with the dual generator f°(v) = v f(1/v) (divergences.py).
+the same number from the teacher's side (Divergence.weighted_f).
 """
 
 from torch import Tensor
@@ -22,21 +22,22 @@ from nano_opd.policy_gradient import a_few_at_a_time, log_probs_within
 def loss(
     student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, divergence: Divergence, stop_gradient: bool = False
 ) -> Tensor:
-    """Mean over the B responses of the summed per-prefix divergence, a scalar.
+    """Return the mean over the B responses of the summed per-prefix divergence, a scalar.
 
     student_logits  (B, R, V), differentiable
     teacher_logits  (B, R, V)
     mask            (B, R) bool
     stop_gradient   treat f(u) as a constant, as OPD does
 
-    Logits in float16 or bfloat16 are computed with in float32. Raises ValueError when the shapes do not agree, the mask
-    is not bool, or the result is NaN.
+    Logits in float16 or bfloat16 are computed with in float32.
+
+    Raise ValueError when the shapes do not agree, the mask is not bool, or the result is NaN.
     """
     require_divergence(divergence)
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     require_batch(mask, student_logits=student_logits[..., 0], teacher_logits=teacher_logits[..., 0])
 
-    def divergences(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
+    def divergence_at_each_prefix(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
         student_logp = log_probs_within(student_logits, mask)
         teacher_logp = log_probs_within(teacher_logits, mask)  # the same behind the mask, where f(1) = 0
         p_times_f = divergence.weighted_f(student_logp, teacher_logp)  # (B, R, V)
@@ -45,9 +46,10 @@ def loss(
             finite = student_logp.clamp(min=-1e30)  # −∞ − (−∞) is NaN
             p_over_constant_p = (finite - finite.detach()).exp()  # … drops nothing: it is 1, and its gradient is ∇log p
             p_times_f = p_times_f * p_over_constant_p
-        return p_times_f.sum(-1)
+        return p_times_f.sum(-1)  # (B, R)
 
-    given = student_logits, teacher_logits.detach(), mask  # drops nothing: the teacher is not trained
-    total = a_few_at_a_time(divergences, *given).sum() / len(mask)
-    require_no_nan("divergence", total)
-    return total
+    teacher_logits = teacher_logits.detach()  # drops nothing: the teacher is not trained
+    divergences = a_few_at_a_time(divergence_at_each_prefix, student_logits, teacher_logits, mask)
+    mean = divergences.sum() / len(mask)
+    require_no_nan("divergence", mean)
+    return mean

@@ -1,8 +1,8 @@
 """GRPO, group-relative policy optimisation: what is A_i when all that is known is whether the answer is right?
 
-There are G responses i to one prompt, with rewards R_i ∈ {0, 1}. Every token of response i gets
+There are G responses i to one prompt, with rewards r_i ∈ {0, 1}. Every token of response i gets
 
-    A_i  =  (R_i − mean_group R) / (std_group R + ε)        dr_grpo:  A_i = R_i − mean_group R
+    A_i  =  (r_i − mean_group r) / (std_group r + ε)        dr_grpo:  A_i = r_i − mean_group r
 
 Over several epochs on one batch, a clipped ratio keeps p_θ near the policy p_old that sampled it:
 
@@ -30,61 +30,84 @@ EPSILON = 1e-6
 
 
 def advantage(rewards: Tensor, group_size: int, normalize_std: bool = True) -> Tensor:
-    """A_i of each response, (B,), detached; exactly 0 in a group whose rewards are all equal.
+    """Return A_i of each response, (B,), detached; exactly 0 in a group whose rewards are all equal.
 
     rewards        (B,), the G responses to one prompt standing together
     group_size     G; the std is the population's, over these G
     normalize_std  False is Dr. GRPO
 
-    Raises ValueError unless G ≥ 2 divides B, and the rewards are floating-point, (B,) and finite.
+    Raise ValueError unless G ≥ 2 divides B, and the rewards are floating-point, (B,) and finite.
     """
     groups = _groups(rewards, group_size)  # (B/G, G)
-    A = groups - groups.mean(1, keepdim=True)
+    advantages = groups - groups.mean(1, keepdim=True)
     if normalize_std:
-        A = A / (groups.std(1, correction=0, keepdim=True) + EPSILON)
+        advantages = advantages / (groups.std(1, correction=0, keepdim=True) + EPSILON)
     # G equal rewards need not have exactly their own value as mean in floating point
-    return torch.where(_equal(groups), 0.0, A).flatten()
+    advantages = torch.where(_all_equal(groups), 0.0, advantages)
+    return advantages.flatten()
 
 
 def zero_fraction(rewards: Tensor, group_size: int) -> Tensor:
-    """Fraction of groups that teach nothing because their rewards are all equal, a scalar; errors as `advantage`."""
-    return _equal(_groups(rewards, group_size)).float().mean()
+    """Return the fraction of groups that teach nothing because their rewards are all equal, a scalar.
+
+    Errors as `advantage`.
+    """
+    groups = _groups(rewards, group_size)
+    return _all_equal(groups).float().mean()
 
 
 def clipped_surrogate(
-    logp: Tensor, old_logp: Tensor, A: Tensor, mask: Tensor, clip_low: float, clip_high: float, normalize: str = "batch"
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+    normalize: str = "batch",
 ) -> Tensor:
-    """The loss above, a scalar: minus the pessimistic surrogate of PPO, summed over tokens and divided by B.
+    """Return the loss above, a scalar: minus the pessimistic surrogate of PPO, summed over tokens and divided by B.
 
     logp       (B, R) log p_θ(y_n|s_n) in nats, differentiable
     old_logp   (B, R) the same under the policy that sampled the batch
-    A          (B,) the advantage of each response, or (B, R) of each token; detached
+    advantage  (B,) A of each response, or (B, R) of each token; detached
     mask       (B, R) bool
-    clip_low, clip_high  a token has no gradient once ρ < 1 − clip_low with A < 0, or ρ > 1 + clip_high with A > 0
+    clip_low   a token with A < 0 has no gradient once ρ < 1 − clip_low
+    clip_high  a token with A > 0 has no gradient once ρ > 1 + clip_high
     normalize  as in policy_gradient.loss
 
-    Raises ValueError if the advantage carries a gradient, for shapes that do not match, a mask that is not bool, or a
+    Raise ValueError if the advantage carries a gradient, for shapes that do not match, a mask that is not bool, or a
     clip that leaves 1 out.
     """
-    require_constant(A)
-    log_ratio = _log_ratio(logp, old_logp, mask, clip_low, clip_high)
-    require_same_shape(advantage=A, logp=logp if A.dim() > 1 else logp[:, 0])
-    A = A.view(len(logp), -1)  # (B, 1) or (B, R)
+    require_constant(advantage)
+    log_ratio = _log_ratio(logp, old_logp, mask)
+    _require_clip(clip_low, clip_high)
+    if advantage.dim() > 1:
+        require_same_shape(advantage=advantage, logp=logp)
+    else:
+        require_same_shape(advantage=advantage, logp=logp[:, 0])
+        advantage = advantage.unsqueeze(1)  # (B, 1): one for all tokens of a response
     # With A ≥ 0 a ratio above the clip is never the smaller term. So it is bounded before exp, which could overflow:
     # behind the minimum its gradient would be 0 · ∞ = NaN.
     bounded = log_ratio.clamp(max=math.log1p(clip_high) + 1)
-    ratio = torch.where(A < 0, log_ratio, bounded).exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    return reduce(-torch.minimum(ratio * A, clipped * A), mask, normalize)
+    ratio = torch.where(advantage < 0, log_ratio, bounded).exp()
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.minimum(ratio * advantage, clipped_ratio * advantage)
+    return reduce(-surrogate, mask, normalize)
 
 
 def clip_fraction(logp: Tensor, old_logp: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> Fraction:
-    """Fraction of the sampled tokens whose ratio lies outside the clip; arguments and errors as `clipped_surrogate`."""
-    ratio = _log_ratio(logp, old_logp, mask, clip_low, clip_high).exp()
-    return fraction((ratio < 1 - clip_low) | (ratio > 1 + clip_high), mask)
+    """Return the fraction of the sampled tokens whose ratio lies outside the clip.
+
+    Arguments and errors as `clipped_surrogate`.
+    """
+    ratio = _log_ratio(logp, old_logp, mask).exp()
+    _require_clip(clip_low, clip_high)
+    outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
+    return fraction(outside, among=mask)
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:
+    """Return the rewards in groups, (B/G, G), detached. Raise ValueError where they are none."""
     if rewards.ndim != 1 or not rewards.is_floating_point():
         raise ValueError(f"rewards must be floating-point (B,), not {rewards.dtype} {tuple(rewards.shape)}")
     if group_size < 2 or len(rewards) % group_size or not len(rewards):
@@ -94,15 +117,21 @@ def _groups(rewards: Tensor, group_size: int) -> Tensor:
     return rewards.detach().view(-1, group_size)  # drops nothing: a verifier has no gradient
 
 
-def _equal(groups: Tensor) -> Tensor:
+def _all_equal(groups: Tensor) -> Tensor:
+    """Return whether all rewards of a group are equal, (B/G, 1)."""
     return (groups == groups[:, :1]).all(1, keepdim=True)
 
 
-def _log_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    require_batch(mask, logp=logp, old_logp=old_logp)
+def _require_clip(clip_low: float, clip_high: float) -> None:
+    """Raise ValueError for a clip that leaves 1 out, the ratio at which every batch starts."""
     if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise ValueError(
             f"the clip must keep 1 inside: 0 ≤ clip_low ≤ 1 and clip_high ≥ 0, not {clip_low}, {clip_high}"
         )
+
+
+def _log_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+    """Return log ρ of each token, (B, R), 0 where mask is False. Raise ValueError for shapes that do not match."""
+    require_batch(mask, logp=logp, old_logp=old_logp)
     old_logp = old_logp.detach()  # drops nothing: p_old is the policy of the past
     return torch.where(mask, logp - old_logp, 0.0)

@@ -4,21 +4,20 @@ train.py samples and scores. A method then says what the advantage A_n of each t
 rlsd.py) and turns it into a loss (policy_gradient.py, gkd.py). What else it needs, a teacher or rewards, stands beside
 its function in the table.
 
-A new method is one function here and one entry in METHODS. The options that it reads are the arguments of the function
-after the first; system/config.py has their types and meanings. `--help` and all checks follow from the table.
+A new method is one function here and one entry in METHODS. The entry names the options that the function reads.
+system/config.py has the types and meanings of all options, and a new option is one line there. `--help` and all checks
+follow from the two tables. What a method measures goes into a column of metrics.csv; system/runs.py lists the columns.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from nano_opd import divergences, gkd, grpo, opd, opdplus, policy_gradient, rlsd, topk
 from nano_opd.arithmetic import reasoning_span
+from nano_opd.divergences import Divergence
 
 VARIANCES = ("sampled", "baseline", "topk", "full")
 LOSS_TYPES = ("grpo", "dr_grpo")
@@ -41,92 +40,205 @@ class Scored:
     step: int = 0  # number of the update, for schedules
 
 
+# ---------------------------------------------------------------------------------------------------- without a teacher
+
+
 def sft_loss(s: Scored) -> Loss:
-    """Imitation of worked solutions: A = 1 for every token of a response that the student did not sample itself."""
-    return policy_gradient.loss(s.student_logp, torch.ones_like(s.student_logp), s.mask), {}
+    """Return the loss of imitation: A = 1 for every token of a worked solution, which the student did not sample."""
+    A = torch.ones_like(s.student_logp)
+    return policy_gradient.loss(s.student_logp, A, s.mask), {}
 
 
-def null_loss(s: Scored, normalize) -> Loss:
-    """The control of 2608.31046: no teacher, equal blame for every token. Divided by B, the mean gradient is 0."""
-    return policy_gradient.loss(s.student_logp, -torch.ones_like(s.student_logp), s.mask, normalize), {}
+def null_loss(s: Scored, normalize: str) -> Loss:
+    """Return the loss of the control of 2608.31046: no teacher, and A = −1 for every token.
+
+    With the divisor B the expected gradient is 0.
+    """
+    A = -torch.ones_like(s.student_logp)
+    return policy_gradient.loss(s.student_logp, A, s.mask, normalize), {}
 
 
-def gkd_loss(s: Scored, divergence) -> Loss:
-    """The divergence over the whole vocabulary at each prefix. OPSD is the same with a self-teacher (opsd.py)."""
-    return gkd.loss(s.student_logits, s.teacher_logits, s.mask, divergences.get(divergence)), {}
+# ------------------------------------------------------------------------------------------------------- with a teacher
 
 
-def distillation_loss(
-    estimator: ModuleType, s: Scored, divergence, gamma, variance, top_k, log_u_clip, normalize
+def opd_loss(
+    s: Scored, divergence: str, gamma: float, variance: str, top_k: int, log_u_clip: float, normalize: str
 ) -> Loss:
-    """OPD or OPD+, which differ only in the estimator, the file that says what A_n is: opd.py or opdplus.py."""
-    if variance not in VARIANCES:
-        raise ValueError(f"unknown variance {variance!r}; choose from {', '.join(VARIANCES)}")
-    f, measured = divergences.get(divergence), {}
-    if variance == "full":  # the mean of the estimator over the sampled token, in closed form
-        return gkd.loss(s.student_logits, s.teacher_logits, s.mask, f, stop_gradient=estimator is opd), {}
-    log_u = s.teacher_logp - s.student_logp
-    if log_u_clip > 0:
-        measured["clip_fraction"] = policy_gradient.fraction(log_u.abs() > log_u_clip, s.mask)
-        f = divergences.clipped(f, log_u_clip)  # for the baseline too, or it would undo the clip
+    """Return the loss of OPD, which pays a token −f(u) and ignores that u depends on the student.
+
+    Its twin is `opdplus_loss`. Raises ValueError for another variance.
+    """
+    _require_known("variance", variance, VARIANCES)
+    f = divergences.get(divergence)
+
+    if variance == "full":  # the mean over the sampled token, in closed form
+        return gkd.loss(s.student_logits, s.teacher_logits, s.mask, f, stop_gradient=True), {}
+
+    f, measured = _with_clipped_log_u(s, f, log_u_clip)
     if variance == "topk":
-        A = f.w_f if estimator is opdplus else f.reward
-        logits = s.student_logits, s.teacher_logits
-        return topk.loss(*logits, s.tokens, s.mask, A, top_k, normalize), measured
+        loss = topk.loss(
+            student_logits=s.student_logits,
+            teacher_logits=s.teacher_logits,
+            tokens=s.tokens,
+            mask=s.mask,
+            advantage=f.reward,
+            k=top_k,
+            normalize=normalize,
+        )
+        return loss, measured
+
     baseline = None
     if variance == "baseline":
-        baseline = estimator.exact_baseline(s.student_logits, s.teacher_logits, f, s.mask)
-    A = estimator.advantage(log_u, s.mask, f, gamma, baseline)
+        baseline = opd.exact_baseline(s.student_logits, s.teacher_logits, f, s.mask)
+    log_u = s.teacher_logp - s.student_logp
+    A = opd.advantage(log_u, s.mask, f, gamma, baseline)
     return policy_gradient.loss(s.student_logp, A, s.mask, normalize), measured
 
 
-def grpo_loss(s: Scored, group_size, loss_type, clip_low, clip_high, normalize) -> Loss:
-    """One advantage for all tokens of a response: how much better its answer is than the group's."""
+def opdplus_loss(
+    s: Scored, divergence: str, gamma: float, variance: str, top_k: int, log_u_clip: float, normalize: str
+) -> Loss:
+    """Return the loss of OPD+, which pays a token w_f(u) = −f(u) + u f′(u): the gradient through u is in it.
+
+    Its twin is `opd_loss`. Raises ValueError for another variance.
+    """
+    _require_known("variance", variance, VARIANCES)
+    f = divergences.get(divergence)
+
+    if variance == "full":  # the mean over the sampled token, in closed form
+        return gkd.loss(s.student_logits, s.teacher_logits, s.mask, f, stop_gradient=False), {}
+
+    f, measured = _with_clipped_log_u(s, f, log_u_clip)
+    if variance == "topk":
+        loss = topk.loss(
+            student_logits=s.student_logits,
+            teacher_logits=s.teacher_logits,
+            tokens=s.tokens,
+            mask=s.mask,
+            advantage=f.w_f,
+            k=top_k,
+            normalize=normalize,
+        )
+        return loss, measured
+
+    baseline = None
+    if variance == "baseline":
+        baseline = opdplus.exact_baseline(s.student_logits, s.teacher_logits, f, s.mask)
+    log_u = s.teacher_logp - s.student_logp
+    A = opdplus.advantage(log_u, s.mask, f, gamma, baseline)
+    return policy_gradient.loss(s.student_logp, A, s.mask, normalize), measured
+
+
+def gkd_loss(s: Scored, divergence: str) -> Loss:
+    """Return the divergence over the whole vocabulary at each prefix.
+
+    OPSD has the same loss, with a self-teacher (opsd.py).
+    """
+    f = divergences.get(divergence)
+    return gkd.loss(s.student_logits, s.teacher_logits, s.mask, f), {}
+
+
+# -------------------------------------------------------------------------------------------------------- with a reward
+
+
+def grpo_loss(s: Scored, group_size: int, loss_type: str, clip_low: float, clip_high: float, normalize: str) -> Loss:
+    """Return the loss of GRPO: one A for all tokens of a response, how much better it is than its group.
+
+    Raises ValueError for another loss_type.
+    """
     A = _group_advantage(s, group_size, loss_type)  # (B,)
-    return _surrogate(s, A, group_size, clip_low, clip_high, normalize)
+    return _clipped_policy_gradient(s, A, group_size, clip_low, clip_high, normalize)
 
 
-def grpo_opsd_loss(s: Scored, divergence, group_size, loss_type, clip_low, clip_high) -> Loss:
-    """The sum of GRPO's loss and OPSD's."""
-    loss, measured = grpo_loss(s, group_size, loss_type, clip_low, clip_high, "batch")
-    return gkd_loss(s, divergence)[0] + loss, measured
+def grpo_opsd_loss(
+    s: Scored, divergence: str, group_size: int, loss_type: str, clip_low: float, clip_high: float
+) -> Loss:
+    """Return the sum of GRPO's loss and OPSD's."""
+    grpo_part, measured = grpo_loss(s, group_size, loss_type, clip_low, clip_high, normalize="batch")
+    opsd_part, _ = gkd_loss(s, divergence)
+    return opsd_part + grpo_part, measured
 
 
 def rlsd_loss(
-    s, group_size, loss_type, lam, lam_decay, eps_w, negative_only, reasoning_only, clip_low, clip_high, normalize
+    s: Scored,
+    group_size: int,
+    loss_type: str,
+    lam: float,
+    lam_decay: int,
+    eps_w: float,
+    negative_only: bool,
+    reasoning_only: bool,
+    clip_low: float,
+    clip_high: float,
+    normalize: str,
 ) -> Loss:
-    """GRPO's advantage, and so its direction; the self-teacher decides how much of it each token gets."""
+    """Return the loss of RLSD: GRPO's A gives the direction, and the self-teacher how much of it each token gets.
+
+    Raises ValueError for another loss_type.
+    """
     A = _group_advantage(s, group_size, loss_type)  # (B,)
-    evidence = A, s.teacher_logp, s.student_logp, s.mask
-    lam, span = rlsd.lam_at(s.step, lam, lam_decay), reasoning_span(s.tokens) if reasoning_only else None
-    A = rlsd.advantage(*evidence, lam, eps_w, negative_only, span)  # (B, R)
-    loss, measured = _surrogate(s, A, group_size, clip_low, clip_high, normalize)
-    return loss, measured | {"weight_clip_fraction": rlsd.clip_fraction(*evidence, eps_w)}
+    lam_now = rlsd.lam_at(s.step, lam, lam_decay)
+    span = None
+    if reasoning_only:
+        span = reasoning_span(s.tokens)
+    A_of_token = rlsd.advantage(
+        A, s.teacher_logp, s.student_logp, s.mask, lam=lam_now, eps_w=eps_w, negative_only=negative_only, span=span
+    )  # (B, R)
+    loss, measured = _clipped_policy_gradient(s, A_of_token, group_size, clip_low, clip_high, normalize)
+    measured["weight_clip_fraction"] = rlsd.clip_fraction(A, s.teacher_logp, s.student_logp, s.mask, eps_w)
+    return loss, measured
+
+
+# ------------------------------------------------------------------------------------------------------ what they share
+
+
+def _require_known(option: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ValueError, listing what is known, for a value that is none of it."""
+    if value not in known:
+        raise ValueError(f"unknown {option} {value!r}; choose from {', '.join(known)}")
+
+
+def _with_clipped_log_u(s: Scored, f: Divergence, log_u_clip: float) -> tuple[Divergence, Measured]:
+    """Return f with log u clipped to ± log_u_clip nats, and the fraction of tokens that were clipped; 0 clips nothing.
+
+    A baseline is made from the clipped f too, or it would undo the clip.
+    """
+    measured = {}
+    if log_u_clip > 0:
+        log_u = s.teacher_logp - s.student_logp
+        measured["clip_fraction"] = policy_gradient.fraction(log_u.abs() > log_u_clip, s.mask)
+        f = divergences.clipped(f, log_u_clip)
+    return f, measured
 
 
 def _group_advantage(s: Scored, group_size: int, loss_type: str) -> Tensor:
-    """GRPO's or Dr. GRPO's A of each response, (B,). Raises ValueError for another loss_type."""
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"unknown loss_type {loss_type!r}; choose from {', '.join(LOSS_TYPES)}")
+    """Return GRPO's or Dr. GRPO's A of each response, (B,)."""
+    _require_known("loss_type", loss_type, LOSS_TYPES)
     return grpo.advantage(s.rewards, group_size, normalize_std=loss_type == "grpo")
 
 
-def _surrogate(s: Scored, A: Tensor, group_size, clip_low, clip_high, normalize) -> Loss:
-    """The clipped policy gradient that every method with a reward ends in."""
-    ratio = s.student_logp, s.old_logp
+def _clipped_policy_gradient(
+    s: Scored, A: Tensor, group_size: int, clip_low: float, clip_high: float, normalize: str
+) -> Loss:
+    """Return the loss that every method with a reward ends in. A is (B,), or (B, R) with one number per token."""
     measured = {
         "reward": s.rewards.mean(),
         "zero_groups": grpo.zero_fraction(s.rewards, group_size),
-        "clip_fraction": grpo.clip_fraction(*ratio, s.mask, clip_low, clip_high),
+        "clip_fraction": grpo.clip_fraction(s.student_logp, s.old_logp, s.mask, clip_low, clip_high),
     }
-    return grpo.clipped_surrogate(*ratio, A, s.mask, clip_low, clip_high, normalize), measured
+    loss = grpo.clipped_surrogate(s.student_logp, s.old_logp, A, s.mask, clip_low, clip_high, normalize)
+    return loss, measured
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
 
 
 @dataclass(frozen=True)
 class Method:
     """What a method computes and what it needs."""
 
-    loss: Callable[..., Loss]  # of what was scored, and the options that it reads
+    loss: Callable[..., Loss]  # of what was scored, and the options below
+    options: tuple[str, ...] = ()  # the options that `loss` reads: the names of its arguments after the first
     teacher: str | None = None  # "larger", another model; "self", the same weights with a reference in the prompt
     rewards: bool = False  # whether a verifier judges the responses, G of them to each prompt
     samples: bool = True  # False: the responses are worked solutions
@@ -138,23 +250,56 @@ class Method:
         """Whether prompts have a slot for a reference: GRPO's too, so that it starts where RLSD does."""
         return self.teacher == "self" or self.rewards
 
-    @property
-    def options(self) -> list[str]:
-        """The options that `loss` reads: its arguments after the first."""
-        return list(inspect.signature(self.loss).parameters)[1:]
-
 
 # With a reward, or a teacher that is the student itself, training starts where about half of the answers are right, and
 # takes steps a twelfth as long: at the rate of the dense methods the student unlearns all that it knew.
 CAREFUL = {"batch_size": 64, "student_steps": 210, "lr": 4e-4}
+
 METHODS = {
     "sft": Method(sft_loss, samples=False),
-    "null": Method(null_loss),
-    "gkd": Method(gkd_loss, teacher="larger", whole_vocabulary=True),
-    "opd": Method(partial(distillation_loss, opd), teacher="larger"),
-    "opdplus": Method(partial(distillation_loss, opdplus), teacher="larger"),
-    "grpo": Method(grpo_loss, rewards=True, recipe=CAREFUL),
-    "opsd": Method(gkd_loss, teacher="self", whole_vocabulary=True, recipe=CAREFUL),
-    "grpo+opsd": Method(grpo_opsd_loss, teacher="self", rewards=True, whole_vocabulary=True, recipe=CAREFUL),
-    "rlsd": Method(rlsd_loss, teacher="self", rewards=True, recipe=CAREFUL),
+    "null": Method(null_loss, options=("normalize",)),
+    "gkd": Method(gkd_loss, options=("divergence",), teacher="larger", whole_vocabulary=True),
+    "opd": Method(
+        opd_loss,
+        options=("divergence", "gamma", "variance", "top_k", "log_u_clip", "normalize"),
+        teacher="larger",
+    ),
+    "opdplus": Method(
+        opdplus_loss,
+        options=("divergence", "gamma", "variance", "top_k", "log_u_clip", "normalize"),
+        teacher="larger",
+    ),
+    "grpo": Method(
+        grpo_loss,
+        options=("group_size", "loss_type", "clip_low", "clip_high", "normalize"),
+        rewards=True,
+        recipe=CAREFUL,
+    ),
+    "opsd": Method(gkd_loss, options=("divergence",), teacher="self", whole_vocabulary=True, recipe=CAREFUL),
+    "grpo+opsd": Method(
+        grpo_opsd_loss,
+        options=("divergence", "group_size", "loss_type", "clip_low", "clip_high"),
+        teacher="self",
+        rewards=True,
+        whole_vocabulary=True,
+        recipe=CAREFUL,
+    ),
+    "rlsd": Method(
+        rlsd_loss,
+        options=(
+            "group_size",
+            "loss_type",
+            "lam",
+            "lam_decay",
+            "eps_w",
+            "negative_only",
+            "reasoning_only",
+            "clip_low",
+            "clip_high",
+            "normalize",
+        ),
+        teacher="self",
+        rewards=True,
+        recipe=CAREFUL,
+    ),
 }

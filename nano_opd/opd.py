@@ -20,7 +20,7 @@ entry of divergences.py rises for u > 1, and there h bends down. Where f′(∞)
 bound: a token that the teacher likes brings p h(u) = q h(u)/u → −∞ as p → 0. This is the collapse.
 
 That each f-divergence has its advantage is due to Go et al., arXiv 2302.08215; that each rising advantage has its
-divergence, to Fawkes & Hartford, arXiv 2605.15417. What it says of the stop-gradient is derived here (law.py).
+divergence, to Fawkes & Hartford, arXiv 2605.15417. What it says of the stop-gradient is derived here (exact/law.py).
 """
 
 import torch
@@ -40,14 +40,14 @@ from nano_opd.policy_gradient import future_return, mean_over_vocabulary
 def advantage(
     log_u: Tensor, mask: Tensor, divergence: Divergence, gamma: float = 0.0, baseline: Tensor | None = None
 ) -> Tensor:
-    """A_n of each sampled token, (B, R), detached, 0 where mask is False.
+    """Return A_n of each sampled token, (B, R), detached, 0 where mask is False.
 
     log_u     (B, R) teacher_logp − student_logp at the sampled tokens, nats
     mask      (B, R) bool
     gamma     discount γ ∈ [0, 1] of the rewards still to come
     baseline  (B, R) or None: any function of the prefix s_n, subtracted
 
-    Raises ValueError for γ outside [0, 1], shapes or dtypes that do not match, log u that is NaN or +∞, or an advantage
+    Raise ValueError for γ outside [0, 1], shapes or dtypes that do not match, log u that is NaN or +∞, or an advantage
     that is infinite, as reverse KL's is where the teacher forbids a sampled token.
     """
     require_divergence(divergence)
@@ -55,7 +55,7 @@ def advantage(
     log_u = torch.where(mask, log_u, 0.0).detach()  # drops ∇u: the term u f′(u) ∇log p is lost
     require_log_ratio(log_u)
     reward = divergence.reward(log_u)  # f(1) = 0: nothing after the EOS
-    own = reward
+    own = reward  # u_n taken for a constant
     A = own + future_return(reward, gamma)
     if baseline is not None:
         require_same_shape(log_u=log_u, baseline=baseline)
@@ -68,9 +68,10 @@ def advantage(
 def exact_baseline(
     student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence, mask: Tensor | None = None
 ) -> Tensor:
-    """E_{v∼p}[−f(u_v)] = −D_f(q‖p) at each prefix, (B, R), detached; errors as policy_gradient.mean_over_vocabulary.
+    """Return E_{v∼p}[−f(u_v)] = −D_f(q‖p) at each prefix, (B, R), detached.
 
     Subtracting it leaves the expectation alone. It need not lower the variance: that depends on f, p and q.
+    Errors as policy_gradient.mean_over_vocabulary.
     """
     require_divergence(divergence)
     return -mean_over_vocabulary(student_logits, teacher_logits, divergence.weighted_f, mask)

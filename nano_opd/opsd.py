@@ -32,33 +32,39 @@ from nano_opd.checks import require_log_probs
 
 
 def privileged_view(tokens: Tensor, prompt_length: int, teacher_prompts: Tensor) -> tuple[Tensor, int]:
-    """The same responses after the teacher's prompts, (B, P′+R), and P′: what the teacher scores.
+    """Return the same responses after the teacher's prompts, (B, P′+R), and P′: what the teacher scores.
 
     tokens           (B, P+R) the student's prompts and responses, P = prompt_length
     teacher_prompts  (B, P′), with the reference
 
     Response token n stands at P+n in one view and at P′+n in the other: whoever slices by response stays aligned.
-    Raises ValueError unless there are as many prompts as responses, and P lies in 1 … P+R−1.
+    Raise ValueError unless there are as many prompts as responses, and P lies in 1 … P+R−1.
     """
     if len(teacher_prompts) != len(tokens):
         raise ValueError(f"{len(teacher_prompts)} privileged prompts for {len(tokens)} responses")
     if not 1 <= prompt_length < tokens.shape[1]:
         raise ValueError(f"prompt_length must lie in 1 … {tokens.shape[1] - 1}, not {prompt_length}")
-    return torch.cat([teacher_prompts, tokens[:, prompt_length:]], dim=1), teacher_prompts.shape[1]
+    responses = tokens[:, prompt_length:]
+    privileged_tokens = torch.cat([teacher_prompts, responses], dim=1)
+    return privileged_tokens, teacher_prompts.shape[1]
 
 
 def information_gap(teacher_logp: Tensor) -> Tensor:
-    """I(Y_n; R | X, Y_<n) at every prefix, (B, R) in nats, between 0 and ln K: exact, by enumerating the references.
+    """Return I(Y_n; R | X, Y_<n) at every prefix, (B, R) in nats, between 0 and ln K.
+
+    It is exact, by enumerating the references. In the formula R is the reference; in a shape, the length of responses.
 
     teacher_logp  (K, B, R, V) log P_T(·|x, r_k, y_<n) for the K equally likely references of each x
 
-    Raises ValueError for logits or anything else whose probabilities do not sum to 1.
+    Raise ValueError for logits or anything else whose probabilities do not sum to 1.
     """
     if teacher_logp.ndim != 4:
         raise ValueError(
             f"teacher_logp must be (K, B, R, V), one of K references first, not {tuple(teacher_logp.shape)}"
         )
     require_log_probs(teacher_logp=teacher_logp)
-    mixture = teacher_logp.logsumexp(0) - math.log(len(teacher_logp))  # (B, R, V)
+    mixture_logp = teacher_logp.logsumexp(0) - math.log(len(teacher_logp))  # (B, R, V), the mean over the references
     p = teacher_logp.exp()
-    return torch.where(p > 0, p * (teacher_logp - mixture), 0.0).sum(-1).mean(0)
+    terms = torch.where(p > 0, p * (teacher_logp - mixture_logp), 0.0)  # 0 · ∞ would be NaN
+    kl_to_mixture = terms.sum(-1)  # (K, B, R)
+    return kl_to_mixture.mean(0)

@@ -27,12 +27,12 @@ class Rollout:
 
     @property
     def responses(self) -> Tensor:
-        """(B, R) view of the response tokens."""
+        """Return the response tokens, a view (B, R)."""
         return self.tokens[:, self.prompt_length :]
 
     @property
     def truncated(self) -> Tensor:
-        """(B,) bool: the response reached the cap without an EOS."""
+        """Return which responses reached the cap without an EOS, (B,) bool."""
         return self.mask.all(1) & (self.responses[:, -1] != EOS)
 
 
@@ -48,11 +48,14 @@ def sample(
     NumericalFault for log-probs that are not finite.
     system/fast_rollout.py draws the same tokens faster.
     """
-    (B, P), R = require_sizes(prompts, max_new_tokens), max_new_tokens
-    uniform = torch.rand(R, B, 1, generator=generator, device=prompts.device)  # one number for each token to come
+    B, P = require_sizes(prompts, max_new_tokens)
+    R = max_new_tokens
+    device = prompts.device
+    uniform = torch.rand(R, B, 1, generator=generator, device=device)  # one number for each token to come
     tokens = torch.cat([prompts, prompts.new_full((B, R), PAD)], dim=1)
-    mask, logp = torch.zeros_like(tokens[:, P:], dtype=torch.bool), torch.zeros(B, R, device=prompts.device)
-    unfinished = torch.ones(B, 1, dtype=torch.bool, device=prompts.device)
+    mask = torch.zeros(B, R, dtype=torch.bool, device=device)
+    logp = torch.zeros(B, R, device=device)
+    unfinished = torch.ones(B, 1, dtype=torch.bool, device=device)
     cache = model.new_cache(B, P + R)
     if P > 1:
         model(prompts[:, :-1], cache)  # keys and values of all but the prompt's last token
@@ -71,7 +74,10 @@ def sample(
 
 
 def require_sizes(prompts: Tensor, max_new_tokens: int) -> tuple[int, int]:
-    """(B, P) of the prompts. Raises ValueError unless they are int64 (B, P), or when there is nothing to continue."""
+    """Return (B, P) of the prompts.
+
+    Raises ValueError unless they are int64 (B, P), or when there is nothing to continue.
+    """
     require_tokens(prompts=prompts)
     B, P = prompts.shape
     if min(B, P, max_new_tokens) < 1:
@@ -80,24 +86,33 @@ def require_sizes(prompts: Tensor, max_new_tokens: int) -> tuple[int, int]:
 
 
 def choose(log_probs: Tensor, uniform: Tensor, greedy: bool) -> Tensor:
-    """One token per row, (B, 1): the first whose cumulative probability reaches 1 − `uniform` (B, 1), in (0, 1]."""
+    """Return one token per row, (B, 1): the first whose cumulative probability reaches 1 − `uniform`.
+
+    log_probs  (B, V)
+    uniform    (B, 1), in [0, 1), so that 1 − uniform > 0 and no token of probability 0 is the first
+    greedy     take the likeliest token
+    """
     if greedy:
         return log_probs.argmax(-1, keepdim=True)
     cdf = log_probs.exp().cumsum(-1)  # (B, V)
-    token = torch.searchsorted(cdf, (1 - uniform) * cdf[:, -1:])  # never of probability 0, since 1 − uniform > 0, …
+    threshold = (1 - uniform) * cdf[:, -1:]
+    token = torch.searchsorted(cdf, threshold)
     token = token.clamp_(max=log_probs.shape[-1] - 1)  # NaN has no place in the order; `sample` reports it
-    # … but where a device adds up in another order, cdf can rise in its last digit at a token of probability 0.
-    drawn = log_probs.gather(-1, token).exp() > 0
-    return torch.where(drawn, token, log_probs.argmax(-1, keepdim=True))
+    # Where a device adds up in another order, cdf can rise in its last digit at a token of probability 0.
+    possible = log_probs.gather(-1, token).exp() > 0
+    return torch.where(possible, token, log_probs.argmax(-1, keepdim=True))
 
 
 def response_logits(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:
-    """Logits (B, R, V) from which each response token was drawn: position n of the response is predicted at P+n−1."""
+    """Return the logits (B, R, V) from which each response token was drawn; tokens (B, P+R), P = prompt_length.
+
+    Position n of the response is predicted at P+n−1.
+    """
     return model(tokens[:, :-1], logits_from=prompt_length - 1)
 
 
 def response_logprobs(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:
-    """log-probs (B, R) float32, in nats, of the response tokens from one full forward; differentiable.
+    """Return the log-probs (B, R) float32, in nats, of the response tokens from one full forward; differentiable.
 
     tokens (B, P+R). Positions after the EOS hold the log-prob of PAD and mean nothing: mask them.
     """
@@ -107,7 +122,7 @@ def response_logprobs(model: GPT, tokens: Tensor, prompt_length: int) -> Tensor:
 def score(
     model: GPT, tokens: Tensor, prompt_length: int, whole_vocabulary: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """log-probs (B, R) of the response tokens and, only if asked for, the logits (B, R, V) that they come from.
+    """Return the log-probs (B, R) of the response tokens and, with whole_vocabulary, the logits (B, R, V) behind them.
 
     Both are float32. Without the logits nothing as large as (B, R, V) needs to be kept.
     """

@@ -23,7 +23,10 @@ ENCODING = tiktoken.Encoding(
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of `text`. Raises ValueError naming the first character outside the alphabet and its position."""
+    """Return the token ids of `text`.
+
+    Raises ValueError naming the first character outside the alphabet and its position.
+    """
     for position, character in enumerate(text):  # tiktoken itself would panic, past every `except Exception`
         if character not in ALPHABET:
             raise ValueError(f"character {character!r} at position {position} is not in the alphabet {ALPHABET!r}")
@@ -31,13 +34,12 @@ def encode(text: str) -> list[int]:
 
 
 def decode(tokens: Iterable[int]) -> str:
-    """The text up to the first EOS; a sampled PAD shows. Raises ValueError for an id outside the vocabulary."""
-    text = []
-    for token in tokens:
-        token = int(token)
+    """Return the text up to the first EOS; a sampled PAD shows. Raises ValueError for an id outside the vocabulary."""
+    before_eos = []
+    for token in map(int, tokens):
         if not 0 <= token < VOCAB_SIZE:
             raise ValueError(f"token {token} is not in the vocabulary 0 … {VOCAB_SIZE - 1}")
         if token == EOS:
             break
-        text.append(token)
-    return ENCODING.decode(text)
+        before_eos.append(token)
+    return ENCODING.decode(before_eos)

@@ -33,7 +33,7 @@ def loss(
     k: int,
     normalize: str = "batch",
 ) -> Tensor:
-    """The loss above, a scalar.
+    """Return the loss above, a scalar.
 
     student_logits, teacher_logits  (B, R, V), the first differentiable
     tokens     (B, R) int64, the sampled y_n
@@ -44,7 +44,7 @@ def loss(
 
     Logits in float16 or bfloat16 are computed with in float32. What stands in tokens behind the mask does not matter.
 
-    Raises ValueError for k < 0, shapes that do not match, tokens outside the vocabulary, a mask that is not bool, or a
+    Raise ValueError for k < 0, shapes that do not match, tokens outside the vocabulary, a mask that is not bool, or a
     result that is NaN.
     """
     if k < 0:
@@ -52,20 +52,22 @@ def loss(
     require_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     require_batch(mask, student_logits=student_logits[..., 0], teacher_logits=teacher_logits[..., 0])
     require_same_shape(tokens=tokens, mask=mask)
-    chosen = tokens[mask]
-    if ((chosen < 0) | (chosen >= student_logits.shape[-1])).any():
-        raise ValueError(f"a token within the mask is not in the vocabulary of {student_logits.shape[-1]}")
+    vocabulary = student_logits.shape[-1]
+    sampled = tokens[mask]
+    if ((sampled < 0) | (sampled >= vocabulary)).any():
+        raise ValueError(f"a token within the mask is not in the vocabulary of {vocabulary}")
 
-    def terms(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    def loss_of_each_token(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         student_logp = log_probs_within(student_logits, mask)  # (B, R, V)
         teacher_logp = log_probs_within(teacher_logits, mask)
 
         # the mean over the teacher's top k
-        top = teacher_logp.topk(min(k, teacher_logp.shape[-1])).indices  # (B, R, k)
+        top = teacher_logp.topk(min(k, vocabulary)).indices  # (B, R, k)
         top_logp = student_logp.gather(-1, top)
-        p_times_A = weighted(advantage, top_logp, teacher_logp.gather(-1, top))
+        top_logq = teacher_logp.gather(-1, top)
+        p_times_A = weighted(advantage, top_logp, top_logq)
         top_logp = torch.where(p_times_A == 0, 0.0, top_logp)  # 0 · ∞ would be NaN
-        of_top = (p_times_A * top_logp).sum(-1)
+        of_top = (p_times_A * top_logp).sum(-1)  # (B, R)
 
         # and the sampled token, unless it is one of them
         tokens = tokens.unsqueeze(-1)
@@ -73,20 +75,23 @@ def loss(
         sampled_logp = torch.where(outside, student_logp.gather(-1, tokens).squeeze(-1), 0.0)
         sampled_logq = torch.where(outside, teacher_logp.gather(-1, tokens).squeeze(-1), 0.0)
         A = advantage(sampled_logq - sampled_logp.detach())  # drops log p ∇A: an advantage is a constant
-        return -(of_top + torch.where(outside, A * sampled_logp, 0.0))
+        of_sampled = torch.where(outside, A * sampled_logp, 0.0)
+        return -(of_top + of_sampled)
 
+    teacher_logits = teacher_logits.detach()  # drops nothing: the teacher is not trained
     tokens = torch.where(mask, tokens, 0)  # some trainers have −100 behind the mask
-    given = student_logits, teacher_logits.detach(), tokens, mask  # drops nothing: the teacher is not trained
-    total = reduce(a_few_at_a_time(terms, *given), mask, normalize)
+    terms = a_few_at_a_time(loss_of_each_token, student_logits, teacher_logits, tokens, mask)
+    total = reduce(terms, mask, normalize)
     require_no_nan("loss", total)
     return total
 
 
 def weighted(advantage: Callable[[Tensor], Tensor], log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p A(u) of each token, detached: computed in float64, in which u overflows from log u = 710 on only."""
+    """Return p A(u) of each token, detached: computed in float64, in which u overflows from log u = 710 on only."""
     dtype = log_p.dtype
     if log_p.device.type != "mps":  # which has no float64
         log_p = log_p.double()
         log_q = log_q.double()
     log_p = log_p.detach()  # drops A log p ∇p and p log p ∇A: only p A ∇log p is wanted
-    return (log_p.exp() * advantage(log_q - log_p)).to(dtype)
+    p_times_A = log_p.exp() * advantage(log_q - log_p)
+    return p_times_A.to(dtype)

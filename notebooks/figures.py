@@ -13,7 +13,7 @@ from typing import BinaryIO
 import matplotlib
 import numpy as np
 import torch
-from lab.seeds import mean_interval
+from intervals import mean_interval
 from matplotlib import cbook
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes

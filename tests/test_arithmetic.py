@@ -1,15 +1,17 @@
-"""Worked solutions and the verifier against Python's own arithmetic; the split."""
+"""Worked solutions and the verifier against Python's own arithmetic; the split; prompts and rewards as tensors."""
 
 import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nano_opd import arithmetic
 from nano_opd.arithmetic import Problem
-from nano_opd.tokenizer import ALPHABET
+from nano_opd.rollout import Rollout
+from nano_opd.tokenizer import ALPHABET, EOS, PAD, encode
 
 SIZES = [(task, digits) for task in [*arithmetic.TASKS, "mix"] for digits in (1, 2, 3, 8)]
 PYTHON = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b}
@@ -203,3 +205,38 @@ def test_which_held_out_problems_have_a_column_that_no_other_teaches(task, digit
                 else:
                     taught |= columns
     assert (len(asked), sum(not columns <= taught for columns in asked)) == (held_out, untaught)
+
+
+# ----------------------------------------------------------------------------------------------------------- as tensors
+
+
+def test_a_right_answer_counts_only_with_its_eos():
+    problem = arithmetic.Problem("add", 1, 2, 3)
+    texts = ["2+3=05 #05", "2+3=05 #06", "2+3=05 #05"]
+    rows = [encode(arithmetic.prompt(problem) + text) for text in texts]
+    tokens = torch.tensor([rows[0] + [EOS, PAD], rows[1] + [EOS, PAD], rows[2] + encode("  ")])
+    mask = torch.tensor([[True] * 11 + [False], [True] * 11 + [False], [True] * 12])
+    rollout = Rollout(tokens, 4, mask, torch.zeros(3, 12))
+    assert arithmetic.rewards([problem] * 3, rollout).tolist() == [1, 0, 0]
+    padded = torch.tensor([rows[0] + [PAD, 9, EOS]])  # a PAD can be sampled like any token; it ends nothing
+    never_ended = Rollout(padded, 4, torch.ones(1, 13, dtype=torch.bool), torch.zeros(1, 13))
+    assert arithmetic.rewards([problem], never_ended) == 0
+    cut = Rollout(tokens[2:, :-2], 4, mask[2:, :-2], torch.zeros(1, 10))  # the right answer, but never an EOS
+    assert cut.truncated.item() and arithmetic.rewards([problem], cut).tolist() == [0]
+
+
+def test_ragged_or_missing_prompts_are_refused():
+    short, long = arithmetic.Problem("add", 1, 2, 3), arithmetic.Problem("add", 2, 12, 34)
+    with pytest.raises(ValueError, match=r"same length, not \[4, 6\]"):
+        arithmetic.prompts_of([short, long])
+    with pytest.raises(ValueError, match="same length, not no prompt"):
+        arithmetic.prompts_of([])
+    assert arithmetic.prompts_of([short, short]).tolist() == [encode("2+3=")] * 2
+    assert arithmetic.prompts_of([short], slots=["05#05"]).tolist() == [encode("05#05 2+3=")]
+
+
+def test_the_reasoning_span_ends_before_the_answer():
+    texts = ["2+3=05 #05", "#05", "2+3"]
+    rows = torch.tensor([encode(t) + [EOS] + [PAD] * (11 - len(t)) for t in texts])
+    span = arithmetic.reasoning_span(rows)
+    assert span[0].tolist() == [True] * 7 + [False] * 5 and not span[1].any() and span[2].all()

@@ -123,7 +123,8 @@ def test_float64_forms_near_one_against_the_power_series():
 
 
 def test_k3_and_reverse_kl_are_one_divergence_with_two_stop_gradient_rewards(log_u):
-    k1, k3 = divergences.get("reverse_kl"), divergences.get("k3")
+    k1 = divergences.get("reverse_kl")
+    k3 = divergences.get("k3")
     difference = k3.w_f(log_u) - k1.w_f(log_u)
     torch.testing.assert_close(difference, torch.ones_like(log_u))
     assert (k3.reward(log_u) - k1.reward(log_u)).std() > 1
@@ -132,7 +133,8 @@ def test_k3_and_reverse_kl_are_one_divergence_with_two_stop_gradient_rewards(log
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 @pytest.mark.parametrize("step", [1e-6, -1e-6, 1e-11, -1e-11, 1e-13])
 def test_the_alpha_family_is_continuous(alpha, step, log_u):
-    at, near = divergences.get(f"alpha={alpha}"), divergences.get(f"alpha={alpha + step!r}")
+    at = divergences.get(f"alpha={alpha}")
+    near = divergences.get(f"alpha={alpha + step!r}")
     for function in ("f", "f_prime", "w_f"):
         torch.testing.assert_close(getattr(near, function)(log_u), getattr(at, function)(log_u), rtol=1e-4, atol=1e-6)
 
@@ -167,7 +169,8 @@ LIMITS = {
 @pytest.mark.parametrize("name", LIMITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_limits(name, dtype):
-    d, ends = divergences.get(name), torch.tensor([-INF, INF], dtype=dtype)
+    d = divergences.get(name)
+    ends = torch.tensor([-INF, INF], dtype=dtype)
     f0, f_inf, w0, w_inf = LIMITS[name]
     if name == "reverse_kl":
         f_inf = -INF  # −ln u falls for ever: only its mean under p is a divergence
@@ -179,7 +182,9 @@ def test_names():
     assert divergences.get("alpha=0.25").name == "alpha=0.25"
     for name in ("jsd,c=-0.25", "alpha=0.5,c=2"):
         assert divergences.get(name).name == name
-    moved, jsd, e = divergences.get("jsd,c=-0.25"), divergences.get("jsd"), torch.ones(1)
+    moved = divergences.get("jsd,c=-0.25")
+    jsd = divergences.get("jsd")
+    e = torch.ones(1)
     assert moved.f(e).item() == pytest.approx(jsd.f(e).item() - math.expm1(1) / 4)
     with pytest.raises(ValueError, match="unknown divergence 'jds' .did you mean jsd"):
         divergences.get("jds,c=1")
@@ -203,6 +208,7 @@ def test_no_log_ratio_gives_nan_or_an_infinity_of_the_wrong_sign(name, x):
         if name not in NOT_AT_ITS_MINIMUM:
             assert d.f(log_u) >= 0
     if abs(x) <= 300:  # float32 agrees with float64 wherever the value fits
-        got, want = d.f(torch.tensor(x)).double(), d.f(torch.tensor(x, dtype=torch.float32).double())
+        got = d.f(torch.tensor(x)).double()
+        want = d.f(torch.tensor(x, dtype=torch.float32).double())
         if want.abs() < 1e36:  # with room for the division by α(α − 1) still to come
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6 if name == "jsd_falling" else 1e-30)

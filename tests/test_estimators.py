@@ -70,22 +70,26 @@ def test_advantages_and_baselines_are_detached(method, batch, logits):
 
 def test_the_teacher_is_not_trained(logits):
     """One network may be both (self-distillation): its gradient is the student's alone."""
-    jsd, mask = divergences.get("jsd"), torch.ones(6, 5, dtype=torch.bool)
+    jsd = divergences.get("jsd")
+    mask = torch.ones(6, 5, dtype=torch.bool)
     for loss in (
         lambda p, q: gkd.loss(p, q, mask, jsd),
         lambda p, q: topk.loss(p, q, mask.long(), mask, jsd.w_f, 2),
     ):
-        student, teacher = (x.clone().requires_grad_() for x in logits)
+        student = logits[0].clone().requires_grad_()
+        teacher = logits[1].clone().requires_grad_()
         loss(student, teacher).backward()
         assert student.grad.norm() > 0 and teacher.grad is None
 
 
 def test_what_a_top_k_is_not_given_is_refused_and_nothing_behind_the_mask_reaches_it(logits):
     mask = torch.arange(5) < torch.tensor([[5], [4], [3], [2], [1], [0]])
-    tokens, A = torch.zeros(6, 5, dtype=torch.long), divergences.get("jsd").w_f
+    tokens = torch.zeros(6, 5, dtype=torch.long)
+    A = divergences.get("jsd").w_f
     gradients = []
     for behind in (0.0, torch.nan):
-        student, teacher = (x.where(mask.unsqueeze(-1), behind).requires_grad_() for x in logits)
+        student = logits[0].where(mask.unsqueeze(-1), behind).requires_grad_()
+        teacher = logits[1].where(mask.unsqueeze(-1), behind).requires_grad_()
         topk.loss(student, teacher, tokens, mask, A, 2).backward()
         gradients.append(student.grad)
     assert torch.equal(*gradients) and (gradients[0] != 0).any(-1).sum() == mask.sum()
@@ -100,10 +104,24 @@ def test_what_a_top_k_is_not_given_is_refused_and_nothing_behind_the_mask_reache
             topk.loss(**given | wrong)
 
 
+def test_a_top_token_that_the_student_cannot_say_adds_nothing_where_its_advantage_is_finite():
+    """Its p A log p is 0 · ½ · (−∞): under total variation only the sampled token, outside the top 1, has a loss."""
+    student = torch.tensor([[[-math.inf, 0.0, 1.0, 2.0]]], requires_grad=True)
+    teacher = torch.tensor([[[3.0, 0.0, 1.0, 2.0]]])
+    sampled = torch.tensor([[3]])
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    loss = topk.loss(student, teacher, sampled, mask, divergences.get("tv").w_f, k=1)
+    loss.backward()
+    student_logp = student.detach().log_softmax(-1)[0, 0, 3]
+    assert loss.item() == pytest.approx(0.5 * student_logp.item())  # the teacher is less sure of it: A = −½
+    assert student.grad.isfinite().all() and student.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("stop_gradient", [False, True])
 def test_a_few_responses_at_a_time_are_all_of_them(stop_gradient, logits, monkeypatch):
     """As for a large vocabulary: the same loss, gradient and baseline as in one piece."""
-    mask, d = torch.arange(5) < torch.tensor([[5], [4], [3], [2], [1], [0]]), divergences.get("jsd")
+    mask = torch.arange(5) < torch.tensor([[5], [4], [3], [2], [1], [0]])
+    d = divergences.get("jsd")
     got = []
     for rows in (99, 4, 1):
         monkeypatch.setattr(policy_gradient, "rows_at_once", lambda *_, rows=rows: rows)
@@ -140,7 +158,8 @@ def test_gkd_is_the_mean_over_the_token_of_the_sampled_gradient(name, stop_gradi
     """Σ_v p_v A_v ∇log p_v at every prefix, with and without the exact baseline, against autograd through the loss."""
     student, teacher = logits
     mask = torch.arange(5) < torch.tensor([[5], [4], [3], [2], [1], [0]])
-    d, method = divergences.get(name), opd if stop_gradient else opdplus
+    d = divergences.get(name)
+    method = opd if stop_gradient else opdplus
     student = student.requires_grad_()
     (got,) = torch.autograd.grad(gkd.loss(student, teacher, mask, d, stop_gradient), student)
     for with_baseline in (False, True):
@@ -158,7 +177,8 @@ def test_gkd_is_the_mean_over_the_token_of_the_sampled_gradient(name, stop_gradi
 def test_gkd_value_is_the_divergence(logits):
     student, teacher = logits
     mask = torch.ones(6, 5, dtype=torch.bool)
-    p, q = student.softmax(-1), teacher.softmax(-1)
+    p = student.softmax(-1)
+    q = teacher.softmax(-1)
     loss = gkd.loss(student, teacher, mask, divergences.get("forward_kl"))
     torch.testing.assert_close(loss, (q * (q / p).log()).sum() / 6)
 
@@ -241,7 +261,8 @@ def test_misuse_is_refused(batch, logits):
 @settings(max_examples=60, deadline=None)
 def test_rows_are_independent_and_empty_responses_weigh_nothing(data, lengths):
     """The advantages of a batch are those of its rows alone; an empty response adds nothing but its place in B."""
-    name, gamma = data.draw(st.sampled_from(NAMES)), data.draw(st.sampled_from([0.0, 0.3, 1.0]))
+    name = data.draw(st.sampled_from(NAMES))
+    gamma = data.draw(st.sampled_from([0.0, 0.3, 1.0]))
     values = data.draw(st.lists(st.floats(-20, 20), min_size=6 * len(lengths), max_size=6 * len(lengths)))
     log_u = torch.tensor(values, dtype=torch.float64).view(len(lengths), 6)
     mask = torch.arange(6) < torch.tensor(lengths).unsqueeze(1)

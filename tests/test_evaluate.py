@@ -1,4 +1,4 @@
-"""Intervals, pass@k, rewards, and the KL and entropy of an evaluation against their definitions."""
+"""Intervals, pass@k, and the KL, the entropy and the leakage of an evaluation against their definitions."""
 
 import itertools
 from dataclasses import replace
@@ -9,9 +9,9 @@ import torch
 
 from nano_opd import arithmetic, evaluate, sft
 from nano_opd.gpt import GPT, GPTConfig
-from nano_opd.rollout import Rollout, sample
+from nano_opd.rollout import sample
 from nano_opd.streams import numpy_stream, torch_stream
-from nano_opd.tokenizer import EOS, PAD, VOCAB_SIZE, encode
+from nano_opd.tokenizer import VOCAB_SIZE, encode
 
 
 def test_wilson_covers_the_truth():
@@ -44,32 +44,6 @@ def test_pass_at_k_is_the_chance_that_k_of_the_samples_contain_a_right_one():
     for k in (0, 6):
         with pytest.raises(ValueError, match=f"k={k} of 5"):
             evaluate.pass_at_k(correct, k)
-
-
-def test_a_right_answer_counts_only_with_its_eos():
-    problem = arithmetic.Problem("add", 1, 2, 3)
-    texts = ["2+3=05 #05", "2+3=05 #06", "2+3=05 #05"]
-    rows = [encode(arithmetic.prompt(problem) + text) for text in texts]
-    tokens = torch.tensor([rows[0] + [EOS, PAD], rows[1] + [EOS, PAD], rows[2] + encode("  ")])
-    mask = torch.tensor([[True] * 11 + [False], [True] * 11 + [False], [True] * 12])
-    rollout = Rollout(tokens, 4, mask, torch.zeros(3, 12))
-    assert arithmetic.rewards([problem] * 3, rollout).tolist() == [1, 0, 0]
-    padded = torch.tensor([rows[0] + [PAD, 9, EOS]])  # a PAD can be sampled like any token; it ends nothing
-    assert (
-        arithmetic.rewards([problem], Rollout(padded, 4, torch.ones(1, 13, dtype=torch.bool), torch.zeros(1, 13))) == 0
-    )
-    cut = Rollout(tokens[2:, :-2], 4, mask[2:, :-2], torch.zeros(1, 10))  # the right answer, but never an EOS
-    assert cut.truncated.item() and arithmetic.rewards([problem], cut).tolist() == [0]
-
-
-def test_ragged_or_missing_prompts_are_refused():
-    short, long = arithmetic.Problem("add", 1, 2, 3), arithmetic.Problem("add", 2, 12, 34)
-    with pytest.raises(ValueError, match=r"same length, not \[4, 6\]"):
-        arithmetic.prompts_of([short, long])
-    with pytest.raises(ValueError, match="same length, not no prompt"):
-        arithmetic.prompts_of([])
-    assert arithmetic.prompts_of([short, short]).tolist() == [encode("2+3=")] * 2
-    assert arithmetic.prompts_of([short], slots=["05#05"]).tolist() == [encode("05#05 2+3=")]
 
 
 @pytest.fixture
@@ -120,16 +94,21 @@ def test_a_student_is_at_distance_zero_from_itself(models):
     assert abs(evaluate.evaluate(models[0], models[0], problems, 16, torch_stream(0, "y"))["kl"]) < 1e-6
 
 
+def self_taught_models():
+    """Two random models whose prompts open with a reference slot."""
+    return [GPT(GPTConfig(VOCAB_SIZE, 30, reference_slot=True)) for _ in range(2)]
+
+
 @torch.no_grad()
 def test_leakage_is_measured_against_every_reference(models):
     """leak_rate, kl and information_gap of an evaluation from prompts written out by hand, one prefix at a time."""
     torch.manual_seed(1)
-    student, teacher = (GPT(GPTConfig(VOCAB_SIZE, 30)) for _ in range(2))
+    student, teacher = self_taught_models()
     for block in [*student.blocks, *teacher.blocks]:  # so that the reference is read at all
         torch.nn.init.normal_(block.attention_out.weight, std=0.5)
     student.embedding.weight[encode("@")[0]] *= 1.5  # so that some answers cite
     problems = arithmetic.sample_problems("add", 1, 40, numpy_stream(0, "x"))
-    got = evaluate.evaluate(student, teacher, problems, 6, torch_stream(0, "y"), reference_slot=True)
+    got = evaluate.evaluate(student, teacher, problems, 6, torch_stream(0, "y"))
     blank = torch.tensor([encode("_____ " + arithmetic.prompt(p)) for p in problems])
     rollout = sample(student, blank, 6, torch_stream(0, "y"))
     kl, gap, tokens, cited = 0.0, 0.0, 0, 0
@@ -150,26 +129,34 @@ def test_leakage_is_measured_against_every_reference(models):
     assert got["kl"] == pytest.approx(kl / tokens, rel=1e-4)
     assert got["information_gap"] == pytest.approx(gap / tokens, rel=1e-3) and gap > 0
     assert got["leak_rate"] == pytest.approx(cited / 40) and 0 < cited < 40
-    assert "leak_rate" not in evaluate.evaluate(student, teacher, problems, 6, torch_stream(0, "y"))
 
 
-def test_the_reasoning_span_ends_before_the_answer():
-    texts = ["2+3=05 #05", "#05", "2+3"]
-    rows = torch.tensor([encode(t) + [EOS] + [PAD] * (11 - len(t)) for t in texts])
-    span = arithmetic.reasoning_span(rows)
-    assert span[0].tolist() == [True] * 7 + [False] * 5 and not span[1].any() and span[2].all()
+def test_models_that_read_no_reference_are_not_asked_for_leaks(models):
+    problems = arithmetic.sample_problems("add", 1, 40, numpy_stream(0, "x"))
+    assert not {"leak_rate", "information_gap"} & set(
+        evaluate.evaluate(*models, problems, max_new_tokens=6, generator=torch_stream(0, "y"))
+    )
+
+
+def test_a_student_and_a_teacher_that_read_different_prompts_are_refused(models):
+    """Each of them would be measured on prompts that it never saw: a low number, and nothing that says why."""
+    problems = arithmetic.sample_problems("add", 1, 4, numpy_stream(0, "x"))
+    with_slot = self_taught_models()[0]
+    for student, teacher in [(models[0], with_slot), (with_slot, models[0])]:
+        with pytest.raises(ValueError, match="must both read prompts with a reference slot, or both without one"):
+            evaluate.evaluate(student, teacher, problems, 6, torch_stream(0, "y"))
 
 
 @pytest.mark.parametrize("reference_slot", [False, True])
 def test_an_evaluation_in_pieces_is_the_evaluation(reference_slot, monkeypatch):
     """As for a large vocabulary: every problem with its own references, whatever piece it is in."""
     torch.manual_seed(0)
-    student, teacher = (GPT(GPTConfig(VOCAB_SIZE, 30)) for _ in range(2))
+    student, teacher = (GPT(GPTConfig(VOCAB_SIZE, 30, reference_slot=reference_slot)) for _ in range(2))
     problems = arithmetic.sample_problems("add", 2, 7, np.random.default_rng(0))
     got = []
     for rows in (99, 3):
         monkeypatch.setattr(evaluate, "rows_at_once", lambda *_, rows=rows: rows)
         generator = torch.Generator().manual_seed(1)
-        got.append(evaluate.evaluate(student, teacher, problems, 12, generator, reference_slot))
+        got.append(evaluate.evaluate(student, teacher, problems, 12, generator))
     assert set(got[0]) == set(got[1]) and got[0]["kl"] > 0.01
     assert all(got[0][name] == pytest.approx(got[1][name]) for name in got[0])

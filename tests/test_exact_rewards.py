@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from nano_opd import exact, grpo, rlsd
+from nano_opd import exact, grpo, policy_gradient, rlsd
 from nano_opd.exact import rewards as exact_rewards
 from nano_opd.exact.enumeration import World
 
@@ -184,7 +184,7 @@ def test_group_moments_are_those_of_the_enumerated_groups(name, group_size, worl
         student_logp = at(tokens, student_logits)
         A = grpo.advantage(reward(tokens), group_size)
         A = rows(tokens) if name == "exact" else of(A, at(tokens, teacher_logits), student_logp, mask)
-        return exact.policy_gradient.loss(student_logp, A, mask)
+        return policy_gradient.loss(student_logp, A, mask)
 
     want = exact.moments(world, loss, batch_size=group_size)
     got = exact_rewards.group_moments(world, R_y, of, group_size)

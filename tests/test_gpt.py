@@ -122,7 +122,7 @@ def test_logprobs_of_a_large_vocabulary_are_taken_a_few_rows_at_a_time(monkeypat
         return logp.detach(), model.embedding.weight.grad.clone(), largest.numel
 
     whole_logp, whole_grad, whole = scored()
-    monkeypatch.setattr(gpt, "LOGITS_AT_ONCE", 10 * V)
+    monkeypatch.setattr(policy_gradient, "LOGITS_AT_ONCE", 10 * V)
     logp, grad, at_once = scored()
     assert whole == B * T * V and at_once == 10 * V
     torch.testing.assert_close(logp, whole_logp)

@@ -52,7 +52,8 @@ def test_on_the_first_epoch_the_gradient_is_the_plain_policy_gradient(per_token,
     logp, _, mask = batch
     A = torch.randn(8, 5 if per_token else 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     for normalize in ("batch", "token_mean", "sequence_mean"):
-        x, y = logp.clone().requires_grad_(), logp.clone().requires_grad_()
+        x = logp.clone().requires_grad_()
+        y = logp.clone().requires_grad_()
         grpo.clipped_surrogate(x, logp, A if per_token else A[:, 0], mask, 0.2, 0.28, normalize).backward()
         policy_gradient.loss(y, A, mask, normalize).backward()
         assert torch.equal(x.grad, y.grad)
@@ -62,14 +63,17 @@ def test_on_the_first_epoch_the_gradient_is_the_plain_policy_gradient(per_token,
 def test_the_surrogate_equals_its_definition_token_by_token(batch):
     logp, old_logp, mask = batch
     A = torch.randn(8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    want, outside, count = 0.0, 0, 0
+    want = 0.0
+    outside = 0
+    count = 0
     for b in range(8):
         for n in range(5):
             if mask[b, n]:
                 ratio = math.exp(logp[b, n] - old_logp[b, n])
                 clipped = min(max(ratio, 0.8), 1.28)
                 want -= min(ratio * A[b].item(), clipped * A[b].item()) / 8
-                outside, count = outside + (ratio != clipped), count + 1
+                outside = outside + (ratio != clipped)
+                count = count + 1
     assert grpo.clipped_surrogate(logp, old_logp, A, mask, 0.2, 0.28).item() == pytest.approx(want)
     assert 0 < outside < count
     assert grpo.clip_fraction(logp, old_logp, mask, 0.2, 0.28).item() == pytest.approx(outside / count)
@@ -84,9 +88,10 @@ def test_a_token_that_has_gone_far_enough_has_no_gradient_and_one_that_went_astr
     assert (logp.grad != 0)[0].tolist() == moved
 
 
-def test_what_stands_behind_the_mask_never_matters(batch):
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_what_stands_behind_the_mask_never_matters(sign, batch):
     logp, old_logp, mask = batch
-    A = torch.ones(8, dtype=torch.float64)
+    A = torch.full((8,), sign, dtype=torch.float64)
     dirty = torch.where(mask, logp, torch.tensor([math.inf, -math.inf, math.nan, 99.0, -99.0]))
     clean = grpo.clipped_surrogate(logp, old_logp, A, mask, 0.2, 0.28)
     x = dirty.requires_grad_()

@@ -233,7 +233,7 @@ def test_the_teacher_and_where_the_students_end():
 
 
 def test_a_wrong_advantage_is_told_in_one_sentence_with_a_number_what_is_wrong():
-    """None of these is in the table of notebooks/field.py."""
+    """None of these is in the table of notebooks/lab/field.py."""
     for A, sentence in {
         lambda p, q: (
             (q - p) * (1 - p.exp().amax(-1, keepdim=True))

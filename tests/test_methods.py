@@ -46,10 +46,13 @@ KNOBS = [
     {"method": "gkd"},
     *({"method": m, "variance": v} for m in ("opd", "opdplus") for v in ("sampled", "baseline", "topk", "full")),
     *({"method": m, "gamma": g} for m in ("opd", "opdplus") for g in (0.5, 1.0)),
-    {"method": "opdplus", "log_u_clip": 0.3},
-    {"method": "opdplus", "log_u_clip": 0.3, "variance": "baseline"},
-    {"method": "opd", "log_u_clip": 0.3, "variance": "topk", "top_k": 2, "normalize": "sequence_mean"},
-    *({"method": m, "normalize": n} for m in ("opd", "grpo") for n in ("token_mean", "sequence_mean")),
+    *({"method": m, "log_u_clip": 0.3} for m in ("opd", "opdplus")),
+    *({"method": m, "log_u_clip": 0.3, "variance": "baseline"} for m in ("opd", "opdplus")),
+    *(
+        {"method": m, "log_u_clip": 0.3, "variance": "topk", "top_k": 2, "normalize": "sequence_mean"}
+        for m in ("opd", "opdplus")
+    ),
+    *({"method": m, "normalize": n} for m in ("opd", "opdplus", "grpo") for n in ("token_mean", "sequence_mean")),
     *({"method": "grpo", "epochs": 2, "loss_type": t} for t in ("grpo", "dr_grpo")),
     {"method": "grpo", "epochs": 3, "clip_low": 0.02, "clip_high": 0.3},
     {"method": "grpo", "epochs": 3, "clip_low": 0.3, "clip_high": 0.02},
@@ -364,8 +367,9 @@ def test_what_an_update_measures_is_what_happened():
     assert one.measured["zero_groups"].item() == pytest.approx(1 / 4)
 
 
-def test_the_clipped_fraction_of_log_ratios_counts_both_sides():
-    scene = updated(method="opdplus", log_u_clip=0.3)
+@pytest.mark.parametrize("method", ["opd", "opdplus"])
+def test_the_clipped_fraction_of_log_ratios_counts_both_sides(method):
+    scene = updated(method=method, log_u_clip=0.3)
     log_u = []
     for prompt, _, y in responses(config.Config(**TINY, batch_size=16), scene):
         p, q = (distributions(m, prompt, y) for m in (scene.before, scene.teacher.model))
@@ -375,22 +379,26 @@ def test_the_clipped_fraction_of_log_ratios_counts_both_sides():
     assert scene.measured["clip_fraction"].item() == pytest.approx((low + high) / len(log_u))
 
 
-def test_what_stands_after_the_eos_has_no_baseline():
-    """A teacher and a student that share no token there would make its mean 0 · ∞."""
+@pytest.mark.parametrize("method", ["opd", "opdplus"])
+def test_what_stands_after_the_eos_has_no_baseline(method):
+    """A teacher and a student that share no token there would make its mean 0 · ∞, and logits may be NaN there."""
     mask = torch.tensor([[True, True, False]])
     student, teacher = torch.randn(2, 1, 3, 5, generator=torch.Generator().manual_seed(0))
     logits = [x.clone() for x in (student, teacher)]
     logits[0][0, 2, 1], logits[1][0, 2, 1] = -200.0, 200.0
+    broken = student.clone()
+    broken[0, 2] = math.nan
     gradients = []
-    for p, q in ((student, teacher), logits):
+    for p, q in ((student, teacher), logits, (broken, teacher)):
         logp = torch.zeros(1, 3, requires_grad=True)
         scored = Scored(torch.zeros(1, 3).long(), mask, logp, logp.detach(), torch.ones(1, 3), p, q)
         options = dict(divergence="jsd", gamma=0.0, variance="baseline", top_k=4, log_u_clip=0.0, normalize="batch")
-        gradients += torch.autograd.grad(METHODS["opdplus"].loss(scored, **options)[0], logp)
-    assert torch.equal(*gradients) and gradients[0].isfinite().all()
+        gradients += torch.autograd.grad(METHODS[method].loss(scored, **options)[0], logp)
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:]) and gradients[0].isfinite().all()
 
 
-def test_a_clip_bounds_the_advantage_with_a_baseline_too():
+@pytest.mark.parametrize("method", ["opd", "opdplus"])
+def test_a_clip_bounds_the_advantage_with_a_baseline_too(method):
     """Pearson's u² − 1 has a mean of 117 under p = (.999, .0005, .0005) and q = (.5, .25, .25) without the clip."""
     p, q = torch.tensor([0.999, 0.0005, 0.0005]).log(), torch.tensor([0.5, 0.25, 0.25]).log()
     logp = p[:1, None].clone().requires_grad_()
@@ -406,7 +414,7 @@ def test_a_clip_bounds_the_advantage_with_a_baseline_too():
     options = dict(
         divergence="pearson_chi2", gamma=0.0, variance="baseline", top_k=4, log_u_clip=1.0, normalize="batch"
     )
-    (minus_A,) = torch.autograd.grad(METHODS["opdplus"].loss(scored, **options)[0], logp)
+    (minus_A,) = torch.autograd.grad(METHODS[method].loss(scored, **options)[0], logp)
     assert abs(minus_A.item()) < 2 * (math.e**2 - 1)
 
 
@@ -423,6 +431,13 @@ def test_a_gradient_is_shortened_to_grad_clip_and_reported_as_it_was():
 def taken(method):
     """The names of what a loss takes behind the batch."""
     return [*inspect.signature(method.loss).parameters][1:]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_table_names_the_options_that_a_loss_takes(name):
+    method = METHODS[name]
+    assert list(method.options) == taken(method)
+    assert set(method.options) <= {field.name for field in dataclasses.fields(config.Config)}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -475,7 +490,7 @@ def coin_loss(s, lam, normalize):
     A = torch.where(s.teacher_logp > s.student_logp, lam, -lam).detach()
     return policy_gradient.loss(s.student_logp, A, s.mask, normalize), {"clip_fraction": (A > 0)[s.mask].float().mean()}
 
-methods.METHODS["coin"] = methods.Method(coin_loss, teacher="larger")
+methods.METHODS["coin"] = methods.Method(coin_loss, options=("lam", "normalize"), teacher="larger")
 
 import train
 *tiny, out_dir = sys.argv[1:]

@@ -32,7 +32,8 @@ A = torch.tensor([1.0, -1.0, 2.0, -0.5])
 
 
 def test_targets_and_positions_that_no_logits_belong_to():
-    model, tokens = new_model(12), torch.arange(24).view(2, 12) % 17
+    model = new_model(12)
+    tokens = torch.arange(24).view(2, 12) % 17
     for targets in (tokens[:, 1:], tokens.T, tokens[:1]):
         with pytest.raises(ValueError, match="targets must be .2, 12., not"):
             model(tokens, targets=targets)
@@ -43,33 +44,30 @@ def test_targets_and_positions_that_no_logits_belong_to():
         call(model, tokens, 1)
 
 
-LOSSES = {
-    "policy gradient": lambda x, mask: policy_gradient.loss(x, torch.where(x.isnan(), x.detach(), 1.0), mask),
-    "surrogate": lambda x, mask: grpo.clipped_surrogate(
-        x, x.detach(), torch.where(x.isnan(), x.detach(), 1.0), mask, 0.2, 0.2
-    ),
-    **{
-        f"gkd, {name}": lambda x, mask, name=name: gkd.loss(
-            x.unsqueeze(-1) * torch.tensor([1.0, -0.5]),
-            2 - x.unsqueeze(-1) * torch.tensor([0.3, 1]),
-            mask,
-            divergences.get(name),
-        )
-        for name in divergences.DIVERGENCES
-    },
-}
+def loss_of(name, x, mask):
+    """Return a loss of log-probs x (B, R), or of the logits that GKD under a divergence makes of them."""
+    ones_or_nan = torch.where(x.isnan(), x.detach(), 1.0)
+    if name == "policy gradient":
+        return policy_gradient.loss(x, ones_or_nan, mask)
+    if name == "surrogate":
+        return grpo.clipped_surrogate(x, x.detach(), ones_or_nan, mask, 0.2, 0.2)
+    student_logits = x.unsqueeze(-1) * torch.tensor([1.0, -0.5])
+    teacher_logits = 2 - x.unsqueeze(-1) * torch.tensor([0.3, 1])
+    return gkd.loss(student_logits, teacher_logits, mask, divergences.get(name))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["policy gradient", "surrogate", *divergences.DIVERGENCES])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_stands_behind_the_mask_is_in_no_gradient(loss, value):
-    plain, spoilt = (torch.where(MASK, LOGP, behind).requires_grad_() for behind in (0.0, value))
-    want, got = LOSSES[loss](plain, MASK), LOSSES[loss](spoilt, MASK)
+    plain = torch.where(MASK, LOGP, 0.0).requires_grad_()
+    spoilt = torch.where(MASK, LOGP, value).requires_grad_()
+    want = loss_of(loss, plain, MASK)
+    got = loss_of(loss, spoilt, MASK)
     want.backward()
     got.backward()
     assert torch.equal(want, got) and plain.grad[MASK].abs().min() > 0
     assert torch.equal(torch.where(MASK, plain.grad, 0), torch.where(MASK, spoilt.grad, 0))
-    if "gkd" not in loss:  # x itself has a slope of 0 · ∞ on the way to the logits
+    if loss not in divergences.DIVERGENCES:  # x itself has a slope of 0 · ∞ on the way to the logits
         assert torch.equal(spoilt.grad, plain.grad)
 
 

@@ -71,7 +71,8 @@ def test_an_off_by_one_in_the_view_would_show(model, rollout, problems):
 
 def test_the_loss_is_gkd_with_a_teacher_that_is_not_trained():
     student, teacher = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    student, teacher = student.requires_grad_(), teacher.requires_grad_()
+    student = student.requires_grad_()
+    teacher = teacher.requires_grad_()
     mask = torch.arange(4) < torch.tensor([[4], [3], [1]])
     none = torch.empty(2, 0)  # of log-probs, which it does not read
     scored = Scored(none, mask, none, none, student_logits=student, teacher_logits=teacher)
@@ -95,8 +96,11 @@ def test_the_information_gap_is_the_mean_kl_to_the_mixture(teacher_logp):
     p = teacher_logp.exp().tolist()
     for b in range(B):
         for n in range(T):
-            mixture = [sum(p[k][b][n][v] for k in range(K)) / K for v in range(V)]
-            want = sum(p[k][b][n][v] * math.log(p[k][b][n][v] / mixture[v]) for k in range(K) for v in range(V)) / K
+            want = 0.0
+            for v in range(V):
+                of_references = [p[k][b][n][v] for k in range(K)]
+                mixture = sum(of_references) / K
+                want += sum(x * math.log(x / mixture) for x in of_references) / K
             assert got[b, n].item() == pytest.approx(want)
 
 

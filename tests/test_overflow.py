@@ -148,7 +148,9 @@ def exact_divergence_of_each_prefix(name, logits, stop_gradient):
     """The same by p f(q/p), with hundreds of digits: value and Σ_v ∇p_v m_v with m = f − u f′, or f; max |p_v m_v|."""
     f, f_prime, _ = textbook(name)
     student, teacher = logits.double().flatten(1, 2)
-    values, gradients, sizes = [], [], []
+    values = []
+    gradients = []
+    sizes = []
     with mpmath.workdps(400):
         for z, y in zip(student.tolist(), teacher.tolist()):
             p = softmax(z)
@@ -211,7 +213,8 @@ def test_the_top_k_loss_is_finite_where_u_overflows(name):
     """A top token that the student all but forbids: p w_f(u) log p is e^-120 · w_f(e^120) · -120."""
     student = torch.tensor([[[0.0, -120.0, -1.0]]], requires_grad=True)
     teacher = torch.tensor([[[-5.0, 0.0, -3.0]]])
-    tokens, mask = torch.tensor([[0]]), torch.ones(1, 1, dtype=torch.bool)
+    tokens = torch.tensor([[0]])
+    mask = torch.ones(1, 1, dtype=torch.bool)
     wide = student.detach().double().requires_grad_()
     A = divergences.get(name).w_f
     got = topk.loss(student, teacher, tokens, mask, A, 2)
@@ -230,7 +233,8 @@ def test_a_token_that_neither_model_can_say_adds_nothing():
     for name in EVERY:
         divergence = divergences.get(name)
         for stop_gradient in (False, True):
-            student, wide = logits[0].clone().requires_grad_(), padded[0].clone().requires_grad_()
+            student = logits[0].clone().requires_grad_()
+            wide = padded[0].clone().requires_grad_()
             loss = gkd.loss(student, logits[1], mask, divergence, stop_gradient)
             same = gkd.loss(wide, padded[1], mask, divergence, stop_gradient)
             torch.testing.assert_close(loss, same)
@@ -253,7 +257,8 @@ def test_logits_of_half_precision_are_summed_in_float32(dtype):
         lambda p, q: topk.loss(p, q, tokens, mask, jsd.w_f, 3),
         lambda p, q: opdplus.exact_baseline(p, q, jsd, mask).sum(),
     ):
-        low, high = loss(*logits), loss(*logits.float())
+        low = loss(*logits)
+        high = loss(*logits.float())
         assert low.dtype == torch.float32 and torch.equal(low, high)
 
 
@@ -295,7 +300,8 @@ def test_a_large_ratio_with_blame_keeps_its_gradient():
 
 def test_the_kl_and_the_entropy_of_an_evaluation_ignore_what_the_student_never_says():
     """Both models have −∞ for a token: 0 · ∞ would make the columns NaN without a word."""
-    student, teacher = new_model(20), new_model(20, n_layer=1)
+    student = new_model(20)
+    teacher = new_model(20, n_layer=1)
     for model in (student, teacher):
         forbid(model, PAD)
     problems = arithmetic.sample_problems("add", 2, 30, numpy.random.default_rng(0))

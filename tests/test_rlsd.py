@@ -8,8 +8,6 @@ import torch
 
 from nano_opd import rlsd
 
-DOUBLE = {"dtype": torch.float64}
-
 
 def scalar_loop(A, teacher, student, mask, lam, eps_w, negative_only, span):
     """The paper's three lines, one token at a time; A of B floats, the rest B lists of R."""
@@ -38,19 +36,39 @@ def batch():
     return A, teacher, student, mask
 
 
+def drawn(B, R, draw):
+    """Return B rows of R numbers, each drawn."""
+    numbers = [draw() for _ in range(B * R)]
+    return [numbers[b * R : (b + 1) * R] for b in range(B)]
+
+
 def test_it_equals_a_scalar_loop_over_random_cases():
     rng = random.Random(0)
     for case in range(300):
-        B, R = rng.randint(1, 6), rng.randint(1, 7)
+        B = rng.randint(1, 6)
+        R = rng.randint(1, 7)
         A = [rng.choice([0.0, rng.gauss(0, 1)]) for _ in range(B)]
-        teacher, student = ([[-rng.expovariate(0.7) for _ in range(R)] for _ in range(B)] for _ in range(2))
-        mask = [[n < length for n in range(R)] for length in (rng.randint(1, R) for _ in range(B))]
-        span = [[rng.random() < 0.6 for _ in range(R)] for _ in range(B)]
-        lam, eps_w, negative_only = rng.random(), rng.choice([0.05, 0.2, 0.8, 3.0]), rng.random() < 0.3
+        teacher = drawn(B, R, lambda: -rng.expovariate(0.7))
+        student = drawn(B, R, lambda: -rng.expovariate(0.7))
+        lengths = [rng.randint(1, R) for _ in range(B)]
+        mask = [[n < length for n in range(R)] for length in lengths]
+        span = drawn(B, R, lambda: rng.random() < 0.6)
+        lam = rng.random()
+        eps_w = rng.choice([0.05, 0.2, 0.8, 3.0])
+        negative_only = rng.random() < 0.3
         want = scalar_loop(A, teacher, student, mask, lam, eps_w, negative_only, span)
-        tensors = (torch.tensor(A, **DOUBLE), torch.tensor(teacher, **DOUBLE), torch.tensor(student, **DOUBLE))
-        got = rlsd.advantage(*tensors, torch.tensor(mask), lam, eps_w, negative_only, torch.tensor(span))
-        torch.testing.assert_close(got, torch.tensor(want, **DOUBLE), rtol=1e-12, atol=1e-12, msg=f"case {case}")
+        got = rlsd.advantage(
+            torch.tensor(A, dtype=torch.float64),
+            teacher_logp=torch.tensor(teacher, dtype=torch.float64),
+            student_logp=torch.tensor(student, dtype=torch.float64),
+            mask=torch.tensor(mask),
+            lam=lam,
+            eps_w=eps_w,
+            negative_only=negative_only,
+            span=torch.tensor(span),
+        )
+        want = torch.tensor(want, dtype=torch.float64)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=f"case {case}")
 
 
 @pytest.mark.parametrize("lam,eps_w", [(0.0, 0.2), (0.0, 5.0), *((n / 37, 0.0) for n in range(1, 38))])
@@ -68,7 +86,8 @@ def test_lambda_zero_and_eps_zero_are_grpo_bit_for_bit(lam, eps_w, batch):
 def test_the_sign_never_changes_and_the_size_stays_inside_the_clip(lam, eps_w, scale, batch):
     A, teacher, student, mask = batch
     got = rlsd.advantage(A, scale * teacher, student, mask, lam, eps_w)
-    low, high = 1 - lam * min(eps_w, 1.0), 1 + lam * eps_w
+    low = 1 - lam * min(eps_w, 1.0)
+    high = 1 + lam * eps_w
     size = (got.abs() / A.abs()[:, None])[mask & (A != 0)[:, None]]
     assert (size >= low - 1e-6).all() and (size <= high + 1e-6).all()
     assert torch.where(mask, got * A[:, None] >= 0, got == 0).all()
@@ -79,7 +98,8 @@ def test_the_sign_never_changes_and_the_size_stays_inside_the_clip(lam, eps_w, s
 
 def test_credit_goes_where_the_reference_agrees_and_blame_where_it_does_not():
     """Δ = +1 at the first token and −1 at the second."""
-    teacher, student = torch.tensor([[-1.0, -2.0]] * 2), torch.tensor([[-2.0, -1.0]] * 2)
+    teacher = torch.tensor([[-1.0, -2.0]] * 2)
+    student = torch.tensor([[-2.0, -1.0]] * 2)
     mask = torch.ones(2, 2, dtype=torch.bool)
     right, wrong = rlsd.advantage(torch.tensor([1.0, -1.0]), teacher, student, mask, 0.5, 0.2)
     torch.testing.assert_close(right, torch.tensor([1.1, 0.9]))
@@ -88,7 +108,8 @@ def test_credit_goes_where_the_reference_agrees_and_blame_where_it_does_not():
 
 def test_negative_only_and_the_span_leave_the_rest_to_grpo(batch):
     A, teacher, student, mask = batch
-    plain, full = torch.where(mask, A[:, None], 0.0), rlsd.advantage(A, teacher, student, mask, 1.0, 0.5)
+    plain = torch.where(mask, A[:, None], 0.0)
+    full = rlsd.advantage(A, teacher, student, mask, 1.0, 0.5)
     got = rlsd.advantage(A, teacher, student, mask, 1.0, 0.5, negative_only=True)
     assert torch.equal(got, torch.where((A < 0)[:, None], full, plain)) and not torch.equal(got, full)
     span = torch.arange(6) < 2
@@ -99,19 +120,23 @@ def test_negative_only_and_the_span_leave_the_rest_to_grpo(batch):
 def test_what_stands_behind_the_mask_never_matters_and_nothing_carries_a_gradient(batch):
     A, teacher, student, mask = batch
     dirty = torch.where(mask, teacher, torch.tensor([math.inf, -math.inf, math.nan, 999.0, -999.0, 0.0]))
-    args = (mask, 0.5, 0.2)
-    assert torch.equal(rlsd.advantage(A, dirty, student, *args), rlsd.advantage(A, teacher, student, *args))
-    assert not rlsd.advantage(A, teacher.requires_grad_(), student.requires_grad_(), *args).requires_grad
+    clean = rlsd.advantage(A, teacher, student, mask, lam=0.5, eps_w=0.2)
+    assert torch.equal(rlsd.advantage(A, dirty, student, mask, lam=0.5, eps_w=0.2), clean)
+    teacher.requires_grad_()
+    student.requires_grad_()
+    assert not rlsd.advantage(A, teacher, student, mask, lam=0.5, eps_w=0.2).requires_grad
 
 
 def test_the_clipped_fraction_counts_the_tokens_that_the_clip_binds(batch):
     A, teacher, student, mask = batch
-    bound, count = 0, 0
+    bound = 0
+    count = 0
     for b in range(9):
         for n in range(6):
             if mask[b, n] and A[b] != 0:
                 w = math.exp(math.copysign(1, A[b]) * (teacher[b, n] - student[b, n]))
-                bound, count = bound + (not 0.7 <= w <= 1.3), count + 1
+                bound = bound + (not 0.7 <= w <= 1.3)
+                count = count + 1
     assert rlsd.clip_fraction(A, teacher, student, mask, 0.3).item() == pytest.approx(bound / count)
     assert rlsd.clip_fraction(torch.zeros(9), teacher, student, mask, 0.3).item() == 0
 

@@ -91,7 +91,7 @@ def test_an_advantage_that_never_falls_but_is_constant_on_both_sides_of_1_rests_
     one_sided = law.of_u(lambda x: flat(x) + x.clamp(max=0))  # constant above u = 1 alone
     ends = law.paths(one_sided, law.STUDENTS.log(), law.TEACHER.log(), steps=4000)[-1]
     assert ((ends - law.TEACHER).norm(dim=1) < 0.02).all()
-    assert "if A never falls and is not constant on both sides of u = 1" in words("nano_opd/law.py")
+    assert "if A never falls and is not constant on both sides of u = 1" in words("nano_opd/exact/law.py")
     assert "if $h$ is convex and not flat on both sides of $u = 1$" in words("notebooks/01_estimator_bias.ipynb")
     assert "a convex $h$ that is not flat on both sides of $u = 1$" in words("notebooks/05_judge.ipynb")
 

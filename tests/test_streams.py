@@ -27,7 +27,8 @@ def test_every_rank_has_a_stream_of_its_own_where_it_asks_for_one_and_rank_0_has
         return numpy_stream(0, purpose, 3).integers(2**60), torch.rand(1, generator=torch_stream(0, purpose, 3)).item()
 
     alone = draws("rollout")
-    shared, own = set(), []
+    shared = set()
+    own = []
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (0, 1, 2):
         monkeypatch.setenv("RANK", str(rank))
@@ -39,7 +40,8 @@ def test_every_rank_has_a_stream_of_its_own_where_it_asks_for_one_and_rank_0_has
 
 def test_every_rank_draws_references_of_its_own(monkeypatch):
     """Else the three shares of a batch would cite in the same places."""
-    cfg, device = config.Config(digits=2, batch_size=96, method="rlsd"), torch.device("cpu")
+    cfg = config.Config(digits=2, batch_size=96, method="rlsd")
+    device = torch.device("cpu")
     monkeypatch.setenv("WORLD_SIZE", "3")
     cited = []
     for rank in (0, 1, 2):
@@ -50,13 +52,15 @@ def test_every_rank_draws_references_of_its_own(monkeypatch):
 
 @pytest.mark.parametrize("method", ["opdplus", "grpo", "rlsd"])
 def test_a_batch_is_drawn_anew_for_each_update_and_shared_out_among_the_ranks(method, monkeypatch):
-    cfg, device = config.Config(digits=2, batch_size=24, method=method), torch.device("cpu")
+    cfg = config.Config(digits=2, batch_size=24, method=method)
+    device = torch.device("cpu")
     copies = 1 if method == "opdplus" else 4
     problems, prompts, teacher_prompts = draw_batch(cfg, 5, device)
     assert problems[::copies] == draw_problems(cfg, "problems", 24 // copies, 5)
     assert problems == [problem for problem in problems[::copies] for _ in range(copies)]
     for problem, prompt, other in zip(problems, prompts, teacher_prompts, strict=True):
-        blank, references = "_" * 8, [arithmetic.reference(problem, style) for style in arithmetic.REFERENCES]
+        blank = "_" * 8
+        references = [arithmetic.reference(problem, style) for style in arithmetic.REFERENCES]
         assert decode(prompt) == arithmetic.prompt(problem, None if method == "opdplus" else blank)
         allowed = [None] if method == "opdplus" else references
         assert decode(other) in [arithmetic.prompt(problem, slot) for slot in allowed]

@@ -32,7 +32,9 @@ def draw_batch(cfg, step: int, device: torch.device) -> Batch:
     a blank.
     """
     groups = draw_problems(cfg, "problems", cfg.batch_size // cfg.copies, step)
-    problems = [problem for problem in distributed.shard(groups) for _ in range(cfg.copies)]
+    problems = []
+    for problem in distributed.shard(groups):
+        problems += [problem] * cfg.copies
     if not cfg.reference_slot:
         prompts = prompts_of(problems, device)
         return Batch(problems, prompts, teacher_prompts=prompts)

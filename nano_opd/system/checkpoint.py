@@ -18,6 +18,7 @@ from typing import BinaryIO
 import torch
 
 FORMAT = 2
+REMEDY = "delete it to train again, or choose another --out-dir"
 
 
 class CheckpointError(ValueError):
@@ -60,60 +61,82 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def save(path: Path, key: dict, state: dict) -> None:
     """Write a checkpoint atomically; `key` is compared when it is loaded."""
     content = {"format": FORMAT, "key": key, "state": state, "digest": digest([key, state])}
-    write_atomically(path, lambda file: torch.save(content, file))
+
+    def write(file: BinaryIO) -> None:
+        torch.save(content, file)
+
+    write_atomically(path, write)
 
 
 def digest(content) -> str:
-    """SHA-256 of nested containers of tensors and plain values."""
+    """Return the SHA-256 of nested containers of tensors and plain values."""
     if isinstance(content, torch.Tensor):
         part = f"{content.dtype} {tuple(content.shape)}".encode()
         part += content.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()  # drops nothing: it is only read
     elif isinstance(content, dict):
         part = "".join(f"{name!r}: {digest(value)}" for name, value in content.items()).encode()
     elif isinstance(content, (list, tuple)):
-        part = "".join(map(digest, content)).encode()
+        part = "".join(digest(value) for value in content).encode()
     else:
         part = repr(content).encode()
     return hashlib.sha256(part).hexdigest()
 
 
 def load(path: Path, key: dict, device: torch.device | str = "cpu", parts: dict | None = None) -> dict:
-    """The state saved at `path`, of which each of `parts`, such as a model, has then loaded what has its name.
+    """Return the state saved at `path`, of which each of `parts`, such as a model, has then loaded what has its name.
 
     Raises CheckpointError unless the file is intact, was saved with an equal `key`, and fits the parts.
     """
-    remedy = "delete it to train again, or choose another --out-dir"
+    content = _read(path, device)
+    _require_as_saved(path, content)
+    state = content["state"]
+    different = differences(content["key"], key)
+    if different:
+        raise CheckpointError(f"{path} belongs to another configuration ({different}): {REMEDY}")
+    if parts is not None:
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except Exception as error:  # another model's, since the code was edited
+            raise CheckpointError(f"{path} does not fit the code as it is now: {REMEDY}") from error
+    return state
+
+
+def _read(path: Path, device: torch.device | str):
+    """Return what a file holds, if it is tensors and plain data. Raises CheckpointError for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise CheckpointError(f"{path} is damaged (record {damaged}): {remedy}")
-        content = torch.load(path, map_location=device, weights_only=True)
-    except CheckpointError:
-        raise
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors and plain data: {remedy}") from error
+        raise CheckpointError(f"{path} holds more than tensors and plain data: {REMEDY}") from error
     except Exception as error:  # zipfile and torch answer damage with a dozen kinds of exception
-        raise CheckpointError(f"{path} is truncated or not a checkpoint: {remedy}") from error
+        raise CheckpointError(f"{path} is truncated or not a checkpoint: {REMEDY}") from error
+    raise CheckpointError(f"{path} is damaged (record {damaged}): {REMEDY}")
 
-    saved = [content.get(name) for name in ("key", "state")] if isinstance(content, dict) else [None]
-    if not all(isinstance(part, dict) for part in saved) or repr(content.get("format")) != str(FORMAT):
-        raise CheckpointError(f"{path} is not a nano_opd checkpoint of format {FORMAT}: {remedy}")
-    if digest(saved) != content.get("digest"):
-        raise CheckpointError(f"{path} was edited after it was saved: {remedy}")
-    if different := differences(content["key"], key):
-        raise CheckpointError(f"{path} belongs to another configuration ({different}): {remedy}")
-    try:
-        for name, part in (parts or {}).items():
-            part.load_state_dict(content["state"][name])
-    except Exception as error:  # another model's, since the code was edited
-        raise CheckpointError(f"{path} does not fit the code as it is now: {remedy}") from error
-    return content["state"]
+
+def _require_as_saved(path: Path, content) -> None:
+    """Raise CheckpointError unless the content of a file is what `save` has written."""
+    foreign = CheckpointError(f"{path} is not a nano_opd checkpoint of format {FORMAT}: {REMEDY}")
+    if not isinstance(content, dict):
+        raise foreign
+    key = content.get("key")
+    state = content.get("state")
+    if not isinstance(key, dict) or not isinstance(state, dict):
+        raise foreign
+    if repr(content.get("format")) != str(FORMAT):  # repr, since a tensor may stand there
+        raise foreign
+    if digest([key, state]) != content.get("digest"):
+        raise CheckpointError(f"{path} was edited after it was saved: {REMEDY}")
 
 
 def differences(there: dict, here: dict) -> str:
-    """What of `here` is another value there, in words; empty where nothing is."""
+    """Return what of `here` is another value there, in words; empty where nothing is."""
     names = [name for name in here if there.get(name) != here[name]]
     said = [f"{name} is {there.get(name)} there and {here[name]} here" for name in names[:3]]
-    return "; ".join(said + [f"and {len(names) - 3} more"] * (len(names) > 3))
+    if len(names) > 3:
+        said.append(f"and {len(names) - 3} more")
+    return "; ".join(said)

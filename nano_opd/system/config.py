@@ -1,6 +1,8 @@
 """Every option of train.py, once: its default, its help with the paper's symbol, its range, the methods that read it.
 
-The command line is made from this dataclass, and the dataclass that ran is the config.json beside the results.
+The command line is made from the dataclass `Config`, and the Config that ran is the config.json beside the results.
+A new option is one field of it. From top to bottom: how an option is written, the recipes, all options, what follows
+from them, what is refused, and the command line.
 """
 
 import argparse
@@ -20,158 +22,234 @@ from nano_opd.system import device, distributed, memory
 from nano_opd.system.console import Parser, typed_path
 from nano_opd.tokenizer import VOCAB_SIZE
 
+# ----------------------------------------------------------------------------------------------- how one is written
 
-def option(default, help, *, choices=None, low=None, high=None, needs: Callable[[Method], bool] | None = None):
-    """A dataclass field with what the command line and the checks need; a bound is inclusive.
+# The groups of options in --help.
+METHOD = "the method"
+DISTILLATION = "distillation: how the teacher's log-probs become A_n"
+REWARD = "reward: how the verifier's judgement becomes A_n"
+SELF_TEACHER = "self-teacher: the student itself, which reads a reference besides"
+TASK = "the task"
+TRAINING = "training"
+MODELS = "models and their warm starts"
+MACHINE = "the machine"
+GROUPS = (METHOD, DISTILLATION, REWARD, SELF_TEACHER, TASK, TRAINING, MODELS, MACHINE)  # in this order
 
-    needs  which methods read it; None: those whose loss takes it or, if no loss does, all
+
+def option(
+    group: str,
+    default,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    needs: Callable[[Method], bool] | None = None,
+):
+    """Return a dataclass field that also has what the command line and the checks need.
+
+    group      where it stands in --help
+    help       the paper's symbol if it has one, and what it is
+    choices    the values that are allowed; None: all of its type
+    low, high  the smallest and the largest value that is allowed
+    needs      a function of a Method: does it read this option? None: if some loss takes it, those whose loss does; if
+               none takes it, all
     """
-    meta = {"help": help, "choices": choices, "low": low, "high": high, "needs": needs}
+    meta = {"group": group, "help": help, "choices": choices, "low": low, "high": high, "needs": needs}
     return dataclasses.field(default=default, metadata=meta)
 
+
+def has_reference_slot(method: Method) -> bool:
+    return method.reference_slot
+
+
+def has_rewards(method: Method) -> bool:
+    return method.rewards
+
+
+def has_self_teacher(method: Method) -> bool:
+    return method.teacher == "self"
+
+
+# ----------------------------------------------------------------------------------------------------- the recipes
 
 # The defaults that a method or a task may replace. A teacher is trained until it is right. A student is trained until
 # it sometimes is: for 3 digits of add in the recipe's updates, else in those times EFFORT times digits/3.
 RECIPE = {"steps": 400, "batch_size": 128, "lr": 5e-3, "student_steps": 110, "teacher_steps": 400}
 OF_TASK = {"mul": {"teacher_steps": 800, "steps": 1600}, "mix": {"teacher_steps": 1600, "steps": 1600}}
 EFFORT = {"sub": 1.25, "mul": 1.5, "mix": 2.5}
-SELF_TAUGHT = {"needs": lambda method: method.teacher == "self"}
-_flag = lambda name: "--" + name.replace("_", "-")
-WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-GENERATORS = ", ".join(divergences.DIVERGENCES) + ", alpha=<float>; <name>,c=<float> is f + c(u−1)"
+
+
+def recipe(method: str, task: str, digits: int) -> dict:
+    """Return every option's default for this method, task and size."""
+    made = {field.name: field.default for field in dataclasses.fields(Config)}
+    made |= RECIPE
+    made |= OF_TASK.get(task, {})
+    made |= METHODS[method].recipe
+    made["student_steps"] = round(made["student_steps"] * EFFORT.get(task, 1) * digits / 3)
+    return made
+
+
+# ----------------------------------------------------------------------------------------------------- all options
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run."""
+    """One run. The default None stands for the recipe's."""
 
-    method: str = option("opdplus", "training method; it decides each token's advantage A_n", choices=tuple(METHODS))
-    divergence: str = option("jsd", f"generator f of D_f(q‖p): {GENERATORS}")
-    gamma: float = option(0.0, "γ, discount of the rewards still to come", low=0.0, high=1.0)
+    method: str = option(
+        METHOD, "opdplus", "A_n: the training method decides this advantage of each token", choices=tuple(METHODS)
+    )
+
+    divergence: str = option(
+        DISTILLATION,
+        "jsd",
+        f"f: the generator of D_f(q‖p): {', '.join(divergences.DIVERGENCES)}, alpha=<float>; "
+        "<name>,c=<float> is f + c(u−1)",
+    )
+    gamma: float = option(DISTILLATION, 0.0, "γ: discount of the rewards still to come", low=0.0, high=1.0)
     variance: str = option(
+        DISTILLATION,
         "sampled",
-        "A_n of the sampled token; A_n minus its exact mean over the vocabulary (baseline); the mean over the "
-        "teacher's top k, and the sampled token if it is none of them (topk); or over the whole vocabulary (full)",
+        "A_n: of the sampled token (sampled); the same minus its exact mean over the vocabulary (baseline); the mean "
+        "over the teacher's top k, and the sampled token if it is none of them (topk); the mean over the whole "
+        "vocabulary (full)",
         choices=("sampled", "baseline", "topk", "full"),
     )
-    top_k: int = option(4, "k of --variance topk", low=1)
-    normalize: str = option("batch", "divisor: B, or a biased mean", choices=("batch", "token_mean", "sequence_mean"))
-    log_u_clip: float = option(0.0, "clip log u to ± this many nats (biased); 0 is off", low=0.0)
+    top_k: int = option(
+        DISTILLATION, 4, "k: how many of the teacher's likeliest tokens --variance topk sums over", low=1
+    )
+    normalize: str = option(
+        TRAINING,
+        "batch",
+        "B: the divisor of the loss (batch); a mean over all tokens, or over those of each response, is biased",
+        choices=("batch", "token_mean", "sequence_mean"),
+    )
+    log_u_clip: float = option(
+        DISTILLATION, 0.0, "log u: clipped to ± this many nats, which is biased; 0 is off", low=0.0
+    )
 
-    group_size: int = option(4, "G, responses to each prompt; divides B", low=2, needs=lambda m: m.reference_slot)
-    loss_type: str = option("grpo", "A = (R − mean)/(std + ε) of the group, or R − mean", choices=("grpo", "dr_grpo"))
-    epochs: int = option(1, "updates per batch, with ratios ρ to the sampling policy", low=1, needs=lambda m: m.rewards)
-    clip_low: float = option(0.2, "ε_low: ρ is clipped below at 1 − ε_low", low=0.0, high=1.0)
-    clip_high: float = option(0.28, "ε_high: ρ is clipped above at 1 + ε_high", low=0.0)
-    lam: float = option(0.5, "λ, share of the evidence weight in Â_n; 0 is GRPO", low=0.0, high=1.0)
-    lam_decay: int = option(0, "updates over which λ falls to 0; 0 is never", low=0)
-    eps_w: float = option(0.2, "ε_w, clip of the evidence weight w_n to 1 ± ε_w; 0 is GRPO", low=0.0)
-    negative_only: bool = option(False, "reweight only responses with A < 0")
-    reasoning_only: bool = option(False, "reweight only the tokens before the answer")
+    group_size: int = option(REWARD, 4, "G: responses to each prompt; divides B", low=2, needs=has_reference_slot)
+    loss_type: str = option(
+        REWARD,
+        "grpo",
+        "A: (R − mean)/(std + ε) of the group (grpo), or R − mean (dr_grpo)",
+        choices=("grpo", "dr_grpo"),
+    )
+    epochs: int = option(
+        REWARD, 1, "ρ: updates on each batch, with ratios ρ to the policy that sampled it", low=1, needs=has_rewards
+    )
+    clip_low: float = option(REWARD, 0.2, "ε_low: ρ is clipped below at 1 − ε_low", low=0.0, high=1.0)
+    clip_high: float = option(REWARD, 0.28, "ε_high: ρ is clipped above at 1 + ε_high", low=0.0)
+
+    lam: float = option(SELF_TEACHER, 0.5, "λ: share of the evidence weight in Â_n; 0 is GRPO", low=0.0, high=1.0)
+    lam_decay: int = option(SELF_TEACHER, 0, "λ: updates over which it falls to 0; 0 is never", low=0)
+    eps_w: float = option(SELF_TEACHER, 0.2, "ε_w: clip of the evidence weight w_n to 1 ± ε_w; 0 is GRPO", low=0.0)
+    negative_only: bool = option(SELF_TEACHER, False, "w_n: reweight only responses with A < 0")
+    reasoning_only: bool = option(SELF_TEACHER, False, "w_n: reweight only the tokens before the answer")
     reference: str = option(
+        SELF_TEACHER,
         "true",
-        "r that the self-teacher P_T reads and the student P_S does not: this problem's, drawn among the valid ones "
+        "r: what the self-teacher P_T reads and the student P_S does not: this problem's, drawn among the valid ones "
         "(true); always the worked solution, or always the answer alone, so that I(Y; R | X) = 0 (work, cite); another "
-        "problem's (shuffled); or none",
+        "problem's (shuffled); or nothing (none)",
         choices=("true", "work", "cite", "shuffled", "none"),
-        **SELF_TAUGHT,
+        needs=has_self_teacher,
     )
-    teacher_sync: int = option(0, "updates between copies of θ into P_T: 0 is frozen, 1 live", low=0, **SELF_TAUGHT)
+    teacher_sync: int = option(
+        SELF_TEACHER, 0, "P_T: updates between copies of θ into it; 0 is frozen, 1 live", low=0, needs=has_self_teacher
+    )
 
-    task: str = option("add", "arithmetic task", choices=(*arithmetic.TASKS, "mix"))
-    digits: int = option(3, "digits of each operand", low=1, high=arithmetic.MAX_DIGITS)
-    seed: int = option(0, "seed of every random stream", low=0)
+    task: str = option(TASK, "add", "arithmetic task", choices=(*arithmetic.TASKS, "mix"))
+    digits: int = option(TASK, 3, "digits of each operand", low=1, high=arithmetic.MAX_DIGITS)
+    seed: int = option(TRAINING, 0, "seed of every random stream", low=0)
 
-    steps: int = option(None, "updates of the student", low=1)
-    batch_size: int = option(None, "B, responses per update", low=1)
-    lr: float = option(None, "AdamW learning rate: rises for a tenth of the updates, then falls to 0", low=0.0)
-    grad_clip: float = option(0.0, "largest gradient norm; 0 is off", low=0.0)
-    eval_every: int = option(50, "updates between evaluations and checkpoints", low=1)
-    eval_size: int = option(500, "held-out problems per evaluation; four times as many at the start and the end", low=1)
+    steps: int = option(TRAINING, None, "updates of the student", low=1)
+    batch_size: int = option(TRAINING, None, "B: responses per update", low=1)
+    lr: float = option(
+        TRAINING,
+        None,
+        "learning rate of AdamW; it rises for a tenth of the updates, then falls to 0",
+        low=0.0,
+    )
+    grad_clip: float = option(TRAINING, 0.0, "largest gradient norm; 0 is off", low=0.0)
+    eval_every: int = option(TRAINING, 50, "updates between evaluations and checkpoints", low=1)
+    eval_size: int = option(
+        TRAINING, 500, "held-out problems per evaluation; four times as many at the start and the end", low=1
+    )
 
-    teacher_layers: int = option(3, "teacher: transformer blocks", low=1)
-    teacher_width: int = option(96, "teacher: channels", low=8)
-    teacher_steps: int = option(None, "teacher: supervised updates", low=0)
-    student_layers: int = option(2, "student: transformer blocks", low=1)
-    student_width: int = option(64, "student: channels", low=8)
+    teacher_layers: int = option(MODELS, 3, "q: transformer blocks of the teacher", low=1)
+    teacher_width: int = option(MODELS, 96, "q: channels of the teacher", low=8)
+    teacher_steps: int = option(MODELS, None, "q: supervised updates of the teacher", low=0)
+    student_layers: int = option(MODELS, 2, "p_θ: transformer blocks of the student", low=1)
+    student_width: int = option(MODELS, 64, "p_θ: channels of the student", low=8)
     student_steps: int = option(
-        None, f"student: warm-start updates; × digits/3; {', '.join(f'{k} × {x}' for k, x in EFFORT.items())}", low=0
+        MODELS,
+        None,
+        "p_θ: supervised updates of the student before the run; the default is that of add, × digits/3; "
+        + ", ".join(f"{task} × {effort}" for task, effort in EFFORT.items()),
+        low=0,
     )
-    sft_batch_size: int = option(64, "worked solutions per supervised update of the warm starts", low=1)
-    sft_lr: float = option(1e-2, "learning rate of the warm starts, falling to 0", low=0.0)
+    sft_batch_size: int = option(MODELS, 64, "worked solutions per supervised update", low=1)
+    sft_lr: float = option(MODELS, 1e-2, "learning rate of the supervised updates, falling to 0", low=0.0)
 
-    device: str = option("auto", "auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:<n> or mps")
+    device: str = option(MACHINE, "auto", "auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:<n> or mps")
     dtype: str = option(
-        "auto", "auto: bfloat16 for products on a GPU, from width 256 on", choices=("auto", "float32", "bfloat16")
+        MACHINE,
+        "auto",
+        "auto: bfloat16 for products on a GPU, from width 256 on",
+        choices=("auto", "float32", "bfloat16"),
     )
     threads: str = option(
-        "auto", "threads of the CPU, a number; auto: as many as are fastest at the start, and at --resume as before"
+        MACHINE,
+        "auto",
+        "threads of the CPU, a number; auto: as many as are fastest at the start, and at --resume as before",
     )
     compile: str = option(
-        "auto", "on: torch.compile; auto: on a GPU CUDA graphs to sample; off: neither", choices=("auto", "on", "off")
+        MACHINE,
+        "auto",
+        "on: torch.compile; auto: on a GPU CUDA graphs to sample; off: neither",
+        choices=("auto", "on", "off"),
     )
-    out_dir: str = option("out", "folder of all runs and of the cached warm starts")
-    resume: bool = option(False, "continue this run from its last checkpoint, to more --steps if you like")
+    out_dir: str = option(MACHINE, "out", "folder of all runs and of the cached warm starts")
+    resume: bool = option(MACHINE, False, "continue this run from its last checkpoint, to more --steps if you like")
 
     def __post_init__(self):
-        """What was not given is the method's recipe. Raises ValueError: the flag, the value and what is allowed."""
-        if isinstance(self.out_dir, (str, Path)):
-            object.__setattr__(self, "out_dir", str(typed_path(self.out_dir)))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.default is None:  # the recipe has it
-                continue
-            if not _has_type(value, field.type):
-                raise ValueError(f"{_flag(field.name)} {str(value)[:20]}: must be {WORDS[field.type]}")
-            choices, low, high = (field.metadata[key] for key in ("choices", "low", "high"))
-            if choices and value not in choices:
-                known = ", ".join(choices) + did_you_mean(str(value), choices)
-                raise ValueError(f"{_flag(field.name)} {value}: choose from {known}")
-            most = (2**64 if field.type is int else 3e38) if high is None else high  # float32 ends at 3.4e38
-            if low is not None and not low <= value <= most:
-                above = f"{low} or more" + f" and at most {most:.0e}" * (value > 0)
-                allowed = f"from {low} to {high}" if high else above
-                raise ValueError(f"{_flag(field.name)} {str(value)[:20]}: must be {allowed}")
-        defaults = recipe(self.method, self.task, self.digits)
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) is None:
-                object.__setattr__(self, field.name, defaults[field.name])
-            elif getattr(self, field.name) != defaults[field.name]:
-                self.require_reader(field)
-            if field.type is float:  # so that 1 and 1.0 are one run, with one name
-                object.__setattr__(self, field.name, float(getattr(self, field.name)))
-        divergences.get(self.divergence)
-        if self.threads != "auto" and (not str(self.threads).isdecimal() or int(self.threads) < 1):
-            raise ValueError(f"--threads {str(self.threads)[:20]}: must be auto, or a whole number from 1 on")
-        if self.digits == 1:
-            raise ValueError("--digits 1: a problem is one column, so no held-out one is ever taught; give 2 or more")
-        if self.top_k != Config.top_k and self.variance != "topk":
-            raise ValueError(f"--top-k {self.top_k}: only --variance topk reads it")
-        if self.variance in ("topk", "full") and "variance" in METHODS[self.method].options:
-            if self.gamma > 0:
-                raise ValueError(f"--gamma {self.gamma} sums what was sampled: leave --variance {self.variance} out")
-            if self.variance == "full" and (self.normalize != "batch" or self.log_u_clip > 0):
-                raise ValueError("--normalize and --log-u-clip have no meaning with --variance full: leave them out")
-        N, G = distributed.world_size(), self.copies
-        if self.batch_size % (N * G):
-            factors = [f"the {N} processes"] * (N > 1) + [f"--group-size {G}"] * (G > 1)
-            raise ValueError(f"--batch-size {self.batch_size}: must be a multiple of {' times '.join(factors)}")
-        if N > 1 and self.normalize == "token_mean":
-            raise ValueError("--normalize token_mean: no process knows the tokens of all: use batch or sequence_mean")
-        if self.reference == "shuffled" and self.batch_size < 2 * N * self.group_size:
-            raise ValueError("--reference shuffled: needs two groups or more of --batch-size in each process")
-        for who in ("teacher", "student"):
-            try:
-                self.gpt(who)
-            except ValueError as error:
-                raise ValueError(f"--{who}-width {getattr(self, f'{who}_width')}: {error}") from None
+        """Check what was given, and take what was not from the recipe of the method and the task.
 
-    def require_reader(self, field: dataclasses.Field) -> None:
-        """Raise ValueError if the method does not read this option."""
-        those = readers(field)
-        if self.method not in those:
-            given = f"{_flag(field.name)} {getattr(self, field.name)}"
-            raise ValueError(f"{given} means nothing with --method {self.method}: it is read by {', '.join(those)}")
+        Raises ValueError: the flag, the value and what is allowed.
+        """
+        if isinstance(self.out_dir, (str, Path)):
+            self._set("out_dir", str(typed_path(self.out_dir)))
+        if type(self.threads) is int:  # as config.json has it
+            self._set("threads", str(self.threads))
+        for field in dataclasses.fields(self):
+            check_value(field, getattr(self, field.name))
+
+        defaults = recipe(self.method, self.task, self.digits)
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                self._set(name, default)
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) != defaults[field.name]:
+                check_is_read(self, field)
+        for field in dataclasses.fields(self):
+            if field.type is float:  # so that 1 and 1.0 are one run, with one name
+                self._set(field.name, float(getattr(self, field.name)))
+
+        divergences.get(self.divergence)  # raises ValueError for an unknown one
+        check_threads(self)
+        check_digits(self)
+        check_top_k(self)
+        check_variance(self)
+        check_batch_size(self)
+        check_normalize(self)
+        check_reference(self)
+        check_widths(self)
+
+    def _set(self, name: str, value) -> None:
+        """Set a field while the Config is made. A frozen dataclass has no other way to fill in a default."""
+        object.__setattr__(self, name, value)
 
     @property
     def reference_slot(self) -> bool:
@@ -199,93 +277,296 @@ class Config:
         return arithmetic.solution_length(self.digits) + 5
 
     def gpt(self, who: str) -> GPTConfig:
-        """Sizes of the "teacher" or the "student"."""
-        layers, width = getattr(self, f"{who}_layers"), getattr(self, f"{who}_width")
-        return GPTConfig(VOCAB_SIZE, self.prompt_length + self.response_cap, layers, n_embd=width)
+        """Return the sizes of the "teacher" or the "student"."""
+        layers = {"teacher": self.teacher_layers, "student": self.student_layers}
+        widths = {"teacher": self.teacher_width, "student": self.student_width}
+        return GPTConfig(
+            vocab_size=VOCAB_SIZE,
+            block_size=self.prompt_length + self.response_cap,
+            n_layer=layers[who],
+            n_embd=widths[who],
+            reference_slot=self.reference_slot,
+        )
 
     def run_key(self, resumed: bool = False) -> dict:
-        """Everything that determines a run, or what a run has to keep when it is resumed.
+        """Return everything that determines a run, or what a run has to keep when it is resumed.
 
-        But the number of threads, which decides the last bits only: folder.recorded_threads keeps it.
+        The number of threads is not in it: it decides the last bits only, and folder.recorded_threads keeps it.
         """
-        left_out = ["out_dir", "resume", "threads", *(["steps", "eval_every", "device", "compile"] if resumed else [])]
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+        left_out = ["out_dir", "resume", "threads"]
+        if resumed:
+            left_out += ["steps", "eval_every", "device", "compile"]
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
     @property
     def not_default(self) -> dict:
         """What a run has to keep when it is resumed, and is not the default of its method, task and size."""
         defaults = recipe(self.method, self.task, self.digits)
-        return {k: v for k, v in self.run_key(resumed=True).items() if v != defaults[k]}
+        return {name: value for name, value in self.run_key(resumed=True).items() if value != defaults[name]}
 
     @property
     def run_dir(self) -> Path:
         """The run's own folder, named after it and every option not at its default, but those free at --resume."""
-        named = "method divergence variance task digits seed".split()
-        parts = [self.method, *(getattr(self, name) for name in named[1:3] if name in METHODS[self.method].options)]
-        parts += [f"{self.task}{self.digits}", f"seed{self.seed}"]
-        parts += [f"{k}{'' if v is True else v}" for k, v in self.not_default.items() if k not in named]
-        parts += [f"ranks{distributed.world_size()}"] if distributed.world_size() > 1 else []
-        name = re.sub(r"[^\w.+=-]", "_", "-".join(parts), flags=re.ASCII)
-        if len(name) > 120:  # some file systems allow 143
-            name = f"{name[:107]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-        return Path(self.out_dir) / name
+        parts = [self.method]
+        for name in ("divergence", "variance"):
+            if name in METHODS[self.method].options:
+                parts.append(getattr(self, name))
+        parts.append(f"{self.task}{self.digits}")
+        parts.append(f"seed{self.seed}")
+        for name, value in self.not_default.items():
+            if name in ("method", "divergence", "variance", "task", "digits", "seed"):
+                continue
+            if value is True:
+                parts.append(name)
+            else:
+                parts.append(f"{name}{value}")
+        if distributed.world_size() > 1:
+            parts.append(f"ranks{distributed.world_size()}")
+        return Path(self.out_dir) / file_name("-".join(parts))
 
 
-def _has_type(value, kind: type) -> bool:
-    """Whether a value is what an option of this type takes: an int is a number too, and a bool is none."""
+def file_name(text: str) -> str:
+    """Return a text as the name of a folder: no more than 120 characters, all of which every file system takes."""
+    name = re.sub(r"[^\w.+=-]", "_", text, flags=re.ASCII)
+    if len(name) > 120:  # some file systems allow 143
+        name = f"{name[:107]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+# Each function raises ValueError: the flag, the value, and what is allowed. The command line prints that sentence.
+
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+LARGEST = {int: 2**64, float: 3e38}  # float32 ends at 3.4e38
+
+
+def flag_of(name: str) -> str:
+    """Return an option as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def check_value(field: dataclasses.Field, value) -> None:
+    """Refuse a value of another type, one that is no choice of the option, and one outside its range."""
+    if value is None and field.default is None:  # the recipe has it
+        return
+    check_type(field, value)
+    check_choice(field, value)
+    check_range(field, value)
+
+
+def check_type(field: dataclasses.Field, value) -> None:
+    if not has_type(value, field.type):
+        raise ValueError(f"{flag_of(field.name)} {str(value)[:20]}: must be {WORDS[field.type]}")
+
+
+def has_type(value, kind: type) -> bool:
+    """Return whether a value is what an option of this type takes: an int is a number too, and a bool is none."""
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    if kind is float:
+        return isinstance(value, (int, float))
+    return isinstance(value, kind)
 
 
-def recipe(method: str, task: str, digits: int) -> dict:
-    """Every option's default for this method, task and size."""
-    made = {f.name: f.default for f in dataclasses.fields(Config)} | RECIPE | OF_TASK.get(task, {})
-    made |= METHODS[method].recipe if method in METHODS else {}
-    return made | {"student_steps": round(made["student_steps"] * EFFORT.get(task, 1) * digits / 3)}
+def check_choice(field: dataclasses.Field, value) -> None:
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise ValueError(f"{flag_of(field.name)} {value}: choose from {', '.join(choices)}{hint}")
+
+
+def check_range(field: dataclasses.Field, value) -> None:
+    low = field.metadata["low"]
+    high = field.metadata["high"]
+    if low is None:
+        return
+    largest = LARGEST[field.type] if high is None else high
+    if low <= value <= largest:
+        return
+    if high is not None:
+        allowed = f"from {low} to {high}"
+    elif value > 0:
+        allowed = f"{low} or more and at most {largest:.0e}"
+    else:  # negative, or not a number
+        allowed = f"{low} or more"
+    raise ValueError(f"{flag_of(field.name)} {str(value)[:20]}: must be {allowed}")
 
 
 def readers(field: dataclasses.Field) -> list[str]:
-    """The names of the methods that read an option."""
-    needs = field.metadata["needs"] or (lambda method: field.name in method.options)
-    return [name for name, method in METHODS.items() if needs(method)] or list(METHODS)
+    """Return the names of the methods that read an option."""
+    those = [name for name, method in METHODS.items() if reads(method, field)]
+    if not those:  # no loss takes it: it is read on the way to the loss, whatever the method
+        return list(METHODS)
+    return those
+
+
+def reads(method: Method, field: dataclasses.Field) -> bool:
+    """Return whether the option names this method as a reader or, if it names none, the method names the option."""
+    needs = field.metadata["needs"]
+    if needs is not None:
+        return needs(method)
+    return field.name in method.options
+
+
+def check_is_read(cfg: Config, field: dataclasses.Field) -> None:
+    """Refuse an option that the method does not read."""
+    those = readers(field)
+    if cfg.method not in those:
+        given = f"{flag_of(field.name)} {getattr(cfg, field.name)}"
+        raise ValueError(f"{given} means nothing with --method {cfg.method}: it is read by {', '.join(those)}")
+
+
+def check_threads(cfg: Config) -> None:
+    if cfg.threads == "auto":
+        return
+    if not cfg.threads.isdecimal() or int(cfg.threads) < 1:
+        raise ValueError(f"--threads {cfg.threads[:20]}: must be auto, or a whole number from 1 on")
+
+
+def check_digits(cfg: Config) -> None:
+    if cfg.digits == 1:
+        raise ValueError("--digits 1: a problem is one column, so no held-out one is ever taught; give 2 or more")
+
+
+def check_top_k(cfg: Config) -> None:
+    if cfg.top_k != Config.top_k and cfg.variance != "topk":
+        raise ValueError(f"--top-k {cfg.top_k}: only --variance topk reads it")
+
+
+def check_variance(cfg: Config) -> None:
+    """Refuse what has no meaning where the mean over several tokens is taken."""
+    if "variance" not in METHODS[cfg.method].options:
+        return
+    if cfg.variance in ("topk", "full") and cfg.gamma > 0:
+        raise ValueError(f"--gamma {cfg.gamma} sums what was sampled: leave --variance {cfg.variance} out")
+    if cfg.variance == "full" and (cfg.normalize != "batch" or cfg.log_u_clip > 0):
+        raise ValueError("--normalize and --log-u-clip have no meaning with --variance full: leave them out")
+
+
+def check_batch_size(cfg: Config) -> None:
+    """Refuse a B that cannot be dealt out to the processes in whole groups."""
+    processes = distributed.world_size()
+    if cfg.batch_size % (processes * cfg.copies) == 0:
+        return
+    factors = []
+    if processes > 1:
+        factors.append(f"the {processes} processes")
+    if cfg.copies > 1:
+        factors.append(f"--group-size {cfg.copies}")
+    raise ValueError(f"--batch-size {cfg.batch_size}: must be a multiple of {' times '.join(factors)}")
+
+
+def check_normalize(cfg: Config) -> None:
+    if distributed.world_size() > 1 and cfg.normalize == "token_mean":
+        raise ValueError("--normalize token_mean: no process knows the tokens of all: use batch or sequence_mean")
+
+
+def check_reference(cfg: Config) -> None:
+    if cfg.reference == "shuffled" and cfg.batch_size < 2 * distributed.world_size() * cfg.group_size:
+        raise ValueError("--reference shuffled: needs two groups or more of --batch-size in each process")
+
+
+def check_widths(cfg: Config) -> None:
+    """Refuse a width that the heads of attention cannot share."""
+    for who, width in (("teacher", cfg.teacher_width), ("student", cfg.student_width)):
+        try:
+            cfg.gpt(who)
+        except ValueError as error:
+            raise ValueError(f"--{who}-width {width}: {error}") from None
+
+
+def check_machine(cfg: Config) -> None:
+    """Refuse what this machine does not have: a device, cores, a compiler, memory."""
+    try:
+        where = distributed.own_device(device.resolve(cfg.device))
+    except ValueError as error:
+        raise ValueError(f"--device {error}") from None
+    check_cores(cfg)
+    if cfg.compile == "on" and not device.has_compiler(where):
+        raise ValueError(
+            "--compile on: needs a C++ compiler, or Triton and a C compiler on a GPU, and Python's headers"
+        )
+    shortage = memory.shortage(cfg, where)
+    if shortage:
+        raise ValueError(shortage)
+
+
+def check_cores(cfg: Config) -> None:
+    cores = os.cpu_count()
+    if cores is None:  # the system does not say
+        cores = 1
+    if cfg.threads != "auto" and int(cfg.threads) > cores:
+        raise ValueError(f"--threads {cfg.threads[:20]}: this machine has {cores} cores")
+
+
+# ------------------------------------------------------------------------------------------------ the command line
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    """The configuration of a command line. Bad input ends the program: one sentence on stderr, exit code 2."""
-    parser = Parser("train.py", description="On-policy distillation of a small GPT on arithmetic.", allow_abbrev=False)
-    parser.argument_default = argparse.SUPPRESS  # so that what was typed can be told from what was not
+    """Return the Config of a command line. Bad input ends the program: one sentence on stderr, exit code 2."""
+    parser = command_line()
+    fields = {field.name: field for field in dataclasses.fields(Config)}
     try:
         distributed.require_launcher()
+        parser.speaks = distributed.rank() == 0
+        typed = vars(parser.parse_args(arguments))
+        cfg = Config(**typed)
+        for name in typed:  # also what was typed at its default
+            check_is_read(cfg, fields[name])
+        check_machine(cfg)
     except ValueError as error:
         parser.error(str(error))
-    parser.speaks = distributed.rank() == 0
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    for name, field in fields.items():
-        kind = {"action": "store_true"} if field.type is bool else {"type": field.type, "metavar": field.type.__name__}
-        if field.metadata["choices"]:
-            kind = {"type": str, "metavar": "{" + ",".join(field.metadata["choices"]) + "}"}
-        only = "" if readers(field) == list(METHODS) else f" [{', '.join(readers(field))}]"
-        recipes = {m: method.recipe for m, method in METHODS.items()} | OF_TASK
-        defaults = [RECIPE.get(name, field.default), *(f"{k} {r[name]}" for k, r in recipes.items() if name in r)]
-        default = "" if field.type is bool else f" (default: {'; '.join(map(str, defaults))})"
-        parser.add_argument(_flag(name), help=field.metadata["help"].replace("%", "%%") + only + default, **kind)
-    typed = vars(parser.parse_args(arguments))
-    try:
-        config = Config(**typed)
-        for name in typed:  # at its default too
-            config.require_reader(fields[name])
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        where = distributed.own_device(device.resolve(config.device))
-    except ValueError as error:
-        parser.error(f"--device {error}")
-    there = os.cpu_count() or 1
-    if config.threads != "auto" and int(config.threads) > there:
-        parser.error(f"--threads {config.threads[:20]}: this machine has {there} cores")
-    if config.compile == "on" and not device.has_compiler(where):
-        parser.error("--compile on: needs a C++ compiler, or Triton and a C compiler on a GPU, and Python's headers")
-    if message := memory.shortage(config, where):
-        parser.error(message)
-    return config
+    return cfg
+
+
+def command_line() -> Parser:
+    """Return the parser of all options. What was not typed is not in what it returns."""
+    parser = Parser(
+        "train.py",
+        usage="train.py [options]",
+        description="On-policy distillation of a small GPT on arithmetic. In brackets stand the methods that read an "
+        "option; with another method it is refused. Without brackets all read it.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    for field in dataclasses.fields(Config):
+        add_option(groups[field.metadata["group"]], field)
+    return parser
+
+
+def add_option(group, field: dataclasses.Field) -> None:
+    """Add an option to its group of the command line. A wrong choice is refused by Config, in its own words."""
+    flag = flag_of(field.name)
+    text = help_of(field).replace("%", "%%")  # argparse fills in what stands after a single %
+    if field.type is bool:
+        group.add_argument(flag, help=text, action="store_true")
+    elif field.metadata["choices"]:
+        group.add_argument(flag, help=text, type=str, metavar="{" + ",".join(field.metadata["choices"]) + "}")
+    else:
+        group.add_argument(flag, help=text, type=field.type, metavar=field.type.__name__)
+
+
+def help_of(field: dataclasses.Field) -> str:
+    """Return an option's line of --help: its symbol, what it is, its default, and the methods that read it."""
+    text = f"{field.metadata['help']} (default: {default_of(field)})"
+    those = readers(field)
+    if those != list(METHODS):
+        text += f" [{', '.join(those)}]"
+    return text
+
+
+def default_of(field: dataclasses.Field) -> str:
+    """Return an option's default, and which methods and tasks have another one, as in "128; grpo, opsd: 64"."""
+    if field.type is bool:
+        return "off"
+    words = [str(RECIPE.get(field.name, field.default))]
+    recipes = {name: method.recipe for name, method in METHODS.items()} | OF_TASK
+    who_has = {}
+    for who, own in recipes.items():
+        if field.name in own:
+            who_has.setdefault(own[field.name], []).append(who)
+    for value, those in who_has.items():
+        words.append(f"{', '.join(those)}: {value}")
+    return "; ".join(words)

@@ -19,7 +19,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         if not self.speaks:
             time.sleep(PATIENCE)  # the launcher ends all with the first to end, so the one that speaks is to be first
-        self.exit(2, f"{self.prog}: {message}\n" if self.speaks else None)
+            self.exit(2)
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def typed_path(text: str | Path) -> Path:
@@ -41,7 +42,8 @@ def accept_any_text() -> None:
 
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line. Where it cannot be written (a closed pipe, a full disk), it and all that follow are dropped."""
-    stream = stream or sys.stdout
+    if stream is None:
+        stream = sys.stdout
     try:
         print(text, file=stream, flush=True)
     except OSError as error:

@@ -27,33 +27,38 @@ class RankLost(RuntimeError):
 
 
 def world_size() -> int:
-    """N, the number of processes."""
+    """Return N, the number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    """k, from 0 to N − 1."""
+    """Return k, from 0 to N − 1."""
     return int(os.environ.get("RANK", 0))
 
 
+# What torchrun tells each process beside WORLD_SIZE
+OF_MANY = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def require_launcher() -> None:
-    """Raises ValueError where the environment speaks of several processes and not as torchrun does."""
-    of_many = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    for name in ("WORLD_SIZE", *of_many):
+    """Raise ValueError where the environment speaks of several processes and not as torchrun does."""
+    for name in ("WORLD_SIZE", *OF_MANY):
         value = os.environ.get(name, "0")
         if name != "MASTER_ADDR" and not value.isdecimal():
             raise ValueError(f"{name}={value}: not a number; unset it, or start several processes with torchrun")
-    if not rank() < world_size():
+    if rank() >= world_size():
         raise ValueError(f"RANK={rank()} of WORLD_SIZE={world_size()}: unset both, or start with torchrun")
-    if world_size() > 1 and (missing := [name for name in of_many if name not in os.environ]):
+    missing = [name for name in OF_MANY if name not in os.environ]
+    if world_size() > 1 and missing:
         raise ValueError(f"WORLD_SIZE={world_size()} without {', '.join(missing)}: unset it, or start with torchrun")
 
 
 def own_device(device: torch.device) -> torch.device:
-    """This rank's own device of that type. Raises ValueError where the processes cannot have one each."""
+    """Return this rank's own device of that type. Raises ValueError where the processes cannot have one each."""
     if world_size() == 1 or device.type == "cpu":
         return device
-    each, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    each = int(os.environ["LOCAL_WORLD_SIZE"])  # processes on this machine
+    there = torch.cuda.device_count()
     if device.type != "cuda" or device.index is not None or each > there:
         raise ValueError(f"{device}: {each} processes need cpu, or cuda and {each} GPUs; this machine has {there}")
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -72,12 +77,14 @@ def group(device: torch.device) -> Iterator[None]:
         return
     # Gradients travel between the devices. What ranks tell each other is on the CPU, where a lost one shows at once.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    stdout = sys.stdout if rank() == 0 else None
     try:
-        with contextlib.redirect_stdout(sys.stdout if rank() == 0 else None):
+        with contextlib.redirect_stdout(stdout):
             yield
     except NumericalFault as fault:
-        if not hasattr(fault, "shared"):  # the others come to `require_finite`, are here with the same fault,
-            with contextlib.suppress(RuntimeError):  # or have ended
+        if not hasattr(fault, "shared"):
+            # The others come to `require_finite`, are here with the same fault, or have ended.
+            with contextlib.suppress(RuntimeError):
                 first_value(fault)
         raise
     except RuntimeError as error:
@@ -88,29 +95,35 @@ def group(device: torch.device) -> Iterator[None]:
 
 
 def first_value(value):
-    """On every rank the value of the lowest rank that has one, None if none has; all wait for each other here."""
+    """Return on every rank the value of the lowest rank that has one, None if none has.
+
+    All wait for each other here.
+    """
     if world_size() == 1:
         return value
-    first = torch.tensor(world_size() if value is None else rank())
+    nobody = world_size()
+    first = torch.tensor(nobody if value is None else rank())
     dist.all_reduce(first, dist.ReduceOp.MIN)
-    box = [value]
-    if first < world_size():
-        dist.broadcast_object_list(box, src=int(first))
-    return box[0]
+    values = [value]
+    if first < nobody:
+        dist.broadcast_object_list(values, src=int(first))
+    return values[0]
 
 
 def require_finite(name: str, values: Tensor) -> None:
-    """Raises NumericalFault on all ranks, so that none waits for one that has stopped, when any has a bad value.
+    """Raise NumericalFault on all ranks, so that none waits for one that has stopped, when any has a bad value.
 
     Ranks that find a fault earlier come here too, through `group`. So it stands before whatever waits for all: the
     forward of a replica, which may settle what replicas share, and the backward, which adds up their gradients.
     """
-    fault, likely = None, "--lr is too high, or some token's reward overflows, so different are teacher and student"
+    likely = "--lr is too high, or some token's reward overflows, so different are teacher and student"
+    own_fault = None
     try:
         checks.require_finite(name, values, likely)
     except NumericalFault as error:
-        fault = error
-    if fault := first_value(fault):
+        own_fault = error
+    fault = first_value(own_fault)
+    if fault is not None:
         fault.shared = True
         raise fault
 
@@ -126,9 +139,10 @@ def rank_0_first() -> Iterator[None]:
 
 
 def shard(rows: list) -> list:
-    """This rank's part of what is drawn for all of them."""
-    n = len(rows) // world_size()
-    return rows[rank() * n : (rank() + 1) * n]
+    """Return this rank's part of what is drawn for all of them."""
+    share = len(rows) // world_size()
+    first = rank() * share
+    return rows[first : first + share]
 
 
 def own(purpose: str) -> str:
@@ -137,7 +151,10 @@ def own(purpose: str) -> str:
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """The model to score with: a loss of its logits has the gradient of all ranks. Their weights become rank 0's."""
+    """Return the model to score with: a loss of its logits has the gradient of all ranks.
+
+    Their weights become rank 0's.
+    """
     if world_size() == 1:
         return model
     replica = DistributedDataParallel(model)
@@ -146,20 +163,27 @@ def replicate(model: nn.Module) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The GPT itself, neither replicated nor compiled; none of its calls waits for another rank."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    """Return the GPT itself, neither replicated nor compiled; none of its calls waits for another rank."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     return getattr(model, "_orig_mod", model)  # where torch.compile keeps it
 
 
 def mean(measured: dict[str, Tensor | Fraction]) -> dict[str, float]:
-    """Scalars averaged over the ranks; of a fraction, both counts are summed before one divides the other."""
-    parts, wholes = [], []
+    """Return scalars averaged over the ranks; of a fraction, both counts are summed before one divides the other."""
+    parts = []
+    wholes = []
     for value in measured.values():
-        part, whole = value if isinstance(value, Fraction) else (value, torch.ones(()))
+        if isinstance(value, Fraction):
+            part, whole = value
+        else:
+            part = value
+            whole = torch.ones(())
         parts.append(part.detach().cpu().double())  # drops nothing: it is only logged
         wholes.append(whole.cpu().double())
-    sums = torch.stack(parts + wholes)
+    sums = torch.stack(parts + wholes)  # one message to the other ranks
     if world_size() > 1:
         dist.all_reduce(sums)
-    part, whole = sums.chunk(2)
-    return dict(zip(measured, (part / whole.clamp(min=1)).tolist()))
+    sums_of_parts, sums_of_wholes = sums.chunk(2)
+    means = sums_of_parts / sums_of_wholes.clamp(min=1)
+    return dict(zip(measured, means.tolist()))

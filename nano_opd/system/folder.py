@@ -7,17 +7,18 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from nano_opd import arithmetic, gpt, policy_gradient, rollout, sft, streams, tokenizer
-from nano_opd.system import checkpoint, distributed, sources
+from nano_opd.system import batches, checkpoint, distributed, sources
 from nano_opd.system.config import Config
 from nano_opd.system.console import say
 
 # What trains a warm start, beside the function that does. After an edit of it a warm start is trained again, but not
 # after one of a comment or a docstring.
-SOURCES = arithmetic, gpt, policy_gradient, rollout, sft, tokenizer, streams
+SOURCES = arithmetic, gpt, policy_gradient, rollout, sft, tokenizer, streams, batches
 CODE = " ".join(sources.digest(module.__file__) for module in SOURCES)
 
 
@@ -26,15 +27,28 @@ class RunFolderError(ValueError):
 
 
 def warm_start(cfg: Config, who: str, how: Callable) -> tuple[Path, dict]:
-    """Where the warm start of the "teacher" or the "student" is cached, and its key: what determines its weights.
+    """Return where the warm start of the "teacher" or the "student" is cached, and its key.
+
+    The key is what determines its weights.
 
     how  the function that trains it
     """
-    names = ("task", "digits", "seed", "sft_batch_size", "sft_lr", "reference_slot")
-    key = {"code": CODE, "who": who, "gpt": dataclasses.asdict(cfg.gpt(who)), "steps": getattr(cfg, f"{who}_steps")}
-    key |= {name: getattr(cfg, name) for name in names} | {"how": sources.digest_of_function(how)}
+    key = {
+        "code": CODE,
+        "how": sources.digest_of_function(how),
+        "who": who,
+        "gpt": dataclasses.asdict(cfg.gpt(who)),
+        "steps": cfg.teacher_steps if who == "teacher" else cfg.student_steps,
+        "task": cfg.task,
+        "digits": cfg.digits,
+        "seed": cfg.seed,
+        "sft_batch_size": cfg.sft_batch_size,
+        "sft_lr": cfg.sft_lr,
+        "reference_slot": cfg.reference_slot,
+    }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(cfg.out_dir) / "warm_starts" / f"{who}-{cfg.task}{cfg.digits}-seed{cfg.seed}-{digest}.pt", key
+    name = f"{who}-{cfg.task}{cfg.digits}-seed{cfg.seed}-{digest}.pt"
+    return Path(cfg.out_dir) / "warm_starts" / name, key
 
 
 @contextlib.contextmanager
@@ -50,34 +64,59 @@ def claim(cfg: Config, code: Mapping[str, str]) -> Iterator[None]:
     if distributed.rank() > 0:
         yield
         return
+    saved = _make_or_read(cfg)
+    _require_this_run(cfg, saved, code)
+    with _locked(cfg.run_dir):
+        _remove_unfinished_files(cfg.run_dir)
+        yield
+
+
+def _make_or_read(cfg: Config) -> dict:
+    """Make the run's folder, if it is not there, and return what its config.json says; {} if there is none.
+
+    Raises RunFolderError for a folder that cannot be used, and for a file that is no configuration.
+    """
     path = cfg.run_dir / "config.json"
+    saved = {}
     try:
         cfg.run_dir.mkdir(parents=True, exist_ok=True)
-        there = [name for name in ("checkpoint.pt", "metrics.csv") if (cfg.run_dir / name).exists()]
-        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if path.exists():
+            saved = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunFolderError(f"--out-dir {cfg.out_dir}: cannot use {cfg.run_dir} ({error.strerror})") from None
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, or too deep
         saved = None
     if not isinstance(saved, dict):
         raise RunFolderError(f"{path} is not a run's configuration: delete it, or give another --out-dir")
-    if there and saved and (different := checkpoint.differences(saved, cfg.run_key(resumed=True))):
-        raise RunFolderError(f"{cfg.run_dir} holds another run ({different}): give another --out-dir")
-    if there and saved:
-        require_same_code(cfg.run_dir, saved, code)
-    if there == ["metrics.csv"]:
-        raise RunFolderError(
-            f"{cfg.run_dir} has metrics.csv and no checkpoint.pt to go on from: move it away to begin anew"
-        )
-    if there and not cfg.resume:
-        raise RunFolderError(
-            f"{cfg.run_dir} holds this run already: add --resume to continue it, or give another --out-dir"
-        )
-    with _locked(cfg.run_dir):
-        for litter in cfg.run_dir.glob(".*.tmp"):  # a process that was killed while it wrote
-            if litter.is_file():
-                litter.unlink(missing_ok=True)
-        yield
+    return saved
+
+
+def _require_this_run(cfg: Config, saved: dict, code: Mapping[str, str]) -> None:
+    """Raise RunFolderError unless the folder is free, or holds this run, made by this code, which is to be resumed.
+
+    saved  what its config.json says
+    """
+    folder = cfg.run_dir
+    has_checkpoint = (folder / "checkpoint.pt").exists()
+    has_metrics = (folder / "metrics.csv").exists()
+    if not has_checkpoint and not has_metrics:
+        return
+    if saved:
+        different = checkpoint.differences(saved, cfg.run_key(resumed=True))
+        if different:
+            raise RunFolderError(f"{folder} holds another run ({different}): give another --out-dir")
+        require_same_code(folder, saved, code)
+    if not has_checkpoint:
+        raise RunFolderError(f"{folder} has metrics.csv and no checkpoint.pt to go on from: move it away to begin anew")
+    if not cfg.resume:
+        raise RunFolderError(f"{folder} holds this run already: add --resume to continue it, or give another --out-dir")
+
+
+def _remove_unfinished_files(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def require_same_code(run_dir: Path, saved: Mapping, code: Mapping[str, str]) -> None:
@@ -110,30 +149,45 @@ def _nearest_run(cfg: Config) -> str:
 
     It is empty if there is none: none with a checkpoint, or none that this code can read.
     """
-    found = []
-    for checkpoint_file in Path(cfg.out_dir).glob("*/checkpoint.pt"):
+    last = 0.0  # when the last one's checkpoint was written
+    sentence = ""
+    for path in Path(cfg.out_dir).glob("*/checkpoint.pt"):
         try:
-            saved = json.loads(checkpoint_file.with_name("config.json").read_text(encoding="utf-8"))
-            other = Config(**{name: value for name, value in saved.items() if name not in ("code", "threads")})
-            written = checkpoint_file.stat().st_mtime
+            other = _configuration(path.with_name("config.json"))
+            written = path.stat().st_mtime
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             continue
-        theirs, ours = other.not_default, cfg.not_default
+        theirs = other.not_default
+        ours = cfg.not_default
         different = [name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)]
-        if len(different) == 1:
-            found.append((written, checkpoint_file.parent, different[0], other))
-    if not found:
-        return ""
-    _, folder, name, other = max(found, key=lambda run: run[0])
-    flag = "--" + name.replace("_", "-")
-    return f"; {folder} differs in {flag} alone ({getattr(other, name)} there and {getattr(cfg, name)} here)"
+        if len(different) == 1 and written > last:
+            (name,) = different
+            flag = "--" + name.replace("_", "-")
+            there = getattr(other, name)
+            here = getattr(cfg, name)
+            last = written
+            sentence = f"; {path.parent} differs in {flag} alone ({there} there and {here} here)"
+    return sentence
+
+
+def _configuration(path: Path) -> Config:
+    """Return the options that a config.json holds. Raises an error of many types for any other file."""
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    options = {name: value for name, value in saved.items() if name not in ("code", "threads")}
+    return Config(**options)
 
 
 def write_config(cfg: Config, code: Mapping[str, str]) -> None:
     """Write config.json: the options of this run, its number of threads, and the digests of the code that trains it."""
-    options = dataclasses.asdict(cfg) | {"threads": torch.get_num_threads()}
-    text = json.dumps(options | {"code": dict(code)}, indent=2)
-    checkpoint.write_atomically(cfg.run_dir / "config.json", lambda file: file.write(text.encode()))
+    content = dataclasses.asdict(cfg)
+    content["threads"] = torch.get_num_threads()
+    content["code"] = dict(code)
+    text = json.dumps(content, indent=2)
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    checkpoint.write_atomically(cfg.run_dir / "config.json", write)
 
 
 def recorded_threads(cfg: Config) -> int | None:
@@ -142,10 +196,12 @@ def recorded_threads(cfg: Config) -> int | None:
     A run whose config.json names none was made with the number that PyTorch takes. Raises RunFolderError if --threads
     gives another number, with which the run would go on to other last bits.
     """
-    path = cfg.run_dir / "config.json"
     if not (cfg.run_dir / "checkpoint.pt").exists():
         return None
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path = cfg.run_dir / "config.json"
+    saved = {}
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
     if "threads" not in saved:
         return torch.get_num_threads() if cfg.threads == "auto" else int(cfg.threads)
     number = saved["threads"]
@@ -161,20 +217,36 @@ def recorded_threads(cfg: Config) -> int | None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """An advisory lock on the folder itself: it leaves no file behind and dies with its process, however that ends.
+    """Hold an advisory lock on the folder itself for the length of a `with`.
 
+    It leaves no file behind and dies with its process, however that ends.
     Windows has none, and some network file systems refuse it; there, two runs in one folder are the user's to avoid.
     """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunFolderError(
-                    f"another process is writing to {folder}: wait for it, or give another --out-dir"
-                ) from None
+    descriptor = _lock(folder)
+    try:
         yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder, and return the open descriptor that holds the lock; None if the folder cannot be opened.
+
+    Raises RunFolderError if another process has locked it.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        remedy = "wait for it, or give another --out-dir"
+        raise RunFolderError(f"another process is writing to {folder}: {remedy}") from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor

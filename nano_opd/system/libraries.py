@@ -1,9 +1,10 @@
 """Import the libraries that read the environment, so that a bad value there stops no run.
 
-Import this before torch, which imports tqdm itself.
+torch imports tqdm itself, so this must be imported before torch. nano_opd.system imports it, and train.py imports
+something of nano_opd.system before torch.
 
-Neither variable matters to the numbers, and matplotlib's backend does not even matter to the figures: they are written
-to files.
+No variable matters to the numbers, and matplotlib's backend does not even matter to the figures: they are written to
+files.
 """
 
 import contextlib

@@ -13,20 +13,20 @@ from importlib.util import resolve_name
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]  # nano_opd/
-# What decides no number: it refuses, saves, names or shows. The rest of system/ draws, samples, scales or averages.
+# Files that decide no number: they refuse, save, name or show. The rest of system/ draws, samples, scales or averages.
 # config.py is among that rest: the response cap is made there.
 LEFT_OUT = (
-    "checkpoint",
-    "checks",
-    "console",
-    "endings",
-    "folder",
-    "libraries",
-    "memory",
-    "report",
-    "signals",
-    "sources",
-    "threads",
+    "nano_opd/checks.py",
+    "nano_opd/system/checkpoint.py",
+    "nano_opd/system/console.py",
+    "nano_opd/system/endings.py",
+    "nano_opd/system/folder.py",
+    "nano_opd/system/libraries.py",
+    "nano_opd/system/memory.py",
+    "nano_opd/system/report.py",
+    "nano_opd/system/signals.py",
+    "nano_opd/system/sources.py",
+    "nano_opd/system/threads.py",
 )
 
 
@@ -60,18 +60,22 @@ def digest(path: str | Path) -> str:
 
 def digest_of_function(function: Callable) -> str:
     """Return the digest of a function as it was imported; of its bytecode, where no file has its source."""
-    code = function.__code__
     try:
-        nodes = ast.walk(tree(Path(inspect.getsourcefile(function)).resolve()))
+        file = tree(Path(inspect.getsourcefile(function)).resolve())
     except (OSError, TypeError, SyntaxError):
-        nodes = ()
-    for node in nodes:
-        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-            decorators = getattr(node, "decorator_list", [])
-            first_line = min(part.lineno for part in (node, *decorators))
-            if first_line == code.co_firstlineno and getattr(node, "name", "<lambda>") == function.__name__:
-                return digest_of_tree(node)
-    return hashlib.sha256(code.co_code).hexdigest()[:12]
+        file = ast.Module([], [])
+    for node in ast.walk(file):
+        if isinstance(node, ast.FunctionDef):
+            name = node.name
+            first_line = min(part.lineno for part in (node, *node.decorator_list))
+        elif isinstance(node, ast.Lambda):
+            name = "<lambda>"
+            first_line = node.lineno
+        else:
+            continue
+        if first_line == function.__code__.co_firstlineno and name == function.__name__:
+            return digest_of_tree(node)
+    return hashlib.sha256(function.__code__.co_code).hexdigest()[:12]
 
 
 def digests(program: str | Path) -> dict[str, str]:
@@ -85,7 +89,7 @@ def digests(program: str | Path) -> dict[str, str]:
     while waiting:
         for path in _imported(waiting.pop()):
             name = path.relative_to(PACKAGE.parent).as_posix()
-            if name not in found and not (path.parent.name == "system" and path.stem in LEFT_OUT):
+            if name not in found and name not in LEFT_OUT:
                 found[name] = path
                 waiting.append(path)
     return {name: digest(path) for name, path in sorted(found.items())}
@@ -93,18 +97,21 @@ def digests(program: str | Path) -> dict[str, str]:
 
 def _imported(path: Path) -> Iterator[Path]:
     """Yield the files of nano_opd that a file imports."""
-    inside = path.is_relative_to(PACKAGE)
-    package = ".".join(path.parent.relative_to(PACKAGE.parent).parts) if inside else ""
+    package = ""
+    if path.is_relative_to(PACKAGE):
+        package = ".".join(path.parent.relative_to(PACKAGE.parent).parts)
     for node in ast.walk(tree(path)):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
+            module = "." * node.level  # of a relative import
+            if node.module is not None:
+                module += node.module
             module = resolve_name(module, package)
-            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+            names = [module]
+            names += [f"{module}.{alias.name}" for alias in node.names]  # each may be a module too
         for name in names:
-            root, *parts = name.split(".")
-            file = PACKAGE.joinpath(*parts)
-            if root == PACKAGE.name and parts and file.with_suffix(".py").exists():
-                yield file.with_suffix(".py")
+            file = PACKAGE.parent / (name.replace(".", "/") + ".py")
+            if name.startswith(f"{PACKAGE.name}.") and file.exists():
+                yield file

@@ -132,17 +132,19 @@ def measure(work: Callable[[], None], numbers: list[int]) -> dict[int, float]:
     still_tried = list(numbers)
     work()  # the allocator has the memory from here on
     for done in range(ROUNDS):
-        if done >= 3 and sum(map(sum, taken.values())) > ENOUGH:
+        spent = sum(sum(times) for times in taken.values())
+        if done >= 3 and spent > ENOUGH:
             break
         for number in list(still_tried):
             taken[number].append(seconds_of(work, number))
-        least = min(map(statistics.median, taken.values()))
-        still_tried = [n for n in still_tried if statistics.median(taken[n]) < HOPELESS * least]
+        medians = {number: statistics.median(times) for number, times in taken.items()}
+        least = min(medians.values())
+        still_tried = [number for number in still_tried if medians[number] < HOPELESS * least]
         if len(still_tried) == 1:
             break
         still_tried.reverse()  # so that none always comes after the same neighbour
     torch.set_num_threads(before)
-    return {number: statistics.median(values) for number, values in taken.items()}
+    return {number: statistics.median(times) for number, times in taken.items()}
 
 
 def seconds_of(work: Callable[[], None], number: int) -> float:

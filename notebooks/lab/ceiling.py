@@ -144,5 +144,5 @@ def update(of_method: Callable[..., dict], arm: str, cfg: Config, step: int, stu
         measured = {"reward": s.rewards.mean(), "zero_groups": grpo.zero_fraction(s.rewards, cfg.group_size)}
         return policy_gradient.loss(s.student_logp, A, s.mask), measured
 
-    with mock.patch.dict(METHODS, {cfg.method: replace(METHODS[cfg.method], loss=loss)}):
+    with mock.patch.dict(METHODS, {cfg.method: replace(METHODS[cfg.method], loss=loss, options=())}):
         return of_method(cfg, step, student, *rest)

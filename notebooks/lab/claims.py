@@ -11,8 +11,9 @@ from pathlib import Path
 
 import figures
 from figures import Results, Rows
+from intervals import mean_interval
 from lab import ceiling, reproduce
-from lab.seeds import equivalence_p, holm, mean_interval, paired_p
+from lab.seeds import equivalence_p, holm, paired_p
 
 MARGIN = {"accuracy": (0.05, "± 0.05"), "grad_norm": (math.log(1.5), "a factor 1.5")}  # within it two are the same
 NEAR_0 = 0.02  # two accuracies below it cannot show a difference

@@ -1,25 +1,10 @@
-"""What a few seeds can say: intervals, p-values of paired differences, and their correction for being many."""
+"""What a few seeds can say: p-values of paired differences, and their correction for being many."""
 
 import math
 import statistics
 from collections.abc import Sequence
 
-from scipy import stats
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over seeds, or of paired differences over seeds, and the ends of its 95 % interval by Student's t.
-
-    One value has no interval: its ends are NaN. Raises ValueError for no value, or one that is not finite.
-    """
-    n = len(values)
-    if n == 0 or not all(map(math.isfinite, values)):
-        raise ValueError(f"an interval needs at least one value, and all of them finite, not {[*values]}")
-    mean = sum(values) / n
-    if n == 1:
-        return mean, math.nan, math.nan
-    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-    return mean, mean - half, mean + half
+from intervals import mean_interval
 
 
 def paired_p(differences: Sequence[float]) -> float:
@@ -33,6 +18,8 @@ def paired_p(differences: Sequence[float]) -> float:
         return math.nan
     if max(differences) - min(differences) <= 1e-12:
         return 1.0 if abs(mean) <= 1e-12 else 2.0 ** (1 - n)
+    from scipy import stats  # here, because notebooks that only read results import this file, and need no scipy
+
     t = mean / (statistics.stdev(differences) / math.sqrt(n))
     return float(2 * stats.t.sf(abs(t), n - 1))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import figures
 import numpy as np
 import pytest
-from lab.seeds import mean_interval
+from intervals import mean_interval
 from matplotlib.colors import to_rgb
 from PIL import Image
 

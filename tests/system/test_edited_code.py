@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lab import bench
 from test_train import ROOT, TINY, metrics, refused, run, same, snapshot
 
@@ -21,7 +22,7 @@ from nano_opd.system import config, sources
 
 SHORT = [*TINY, "--steps", "2"]
 FILES = {"checkpoint.pt", "config.json", "curves.png", "metrics.csv"}
-OF_SYSTEM = ["config", "device", "distributed", "fast_rollout", "runs", "streams"]  # what decides a number there
+OF_SYSTEM = ["batches", "config", "device", "distributed", "fast_rollout", "runs"]  # what decides a number there
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +83,12 @@ def test_a_digest_is_of_the_file_as_it_was_first_read(tmp_path):
 
 
 def test_the_code_of_a_run_is_what_train_py_imports_but_for_what_decides_no_number():
-    """The proofs (exact, judge, law) train nothing. Of the system, what only refuses, saves or shows is left out."""
-    proofs = {"__init__", "exact", "exact_rewards", "judge", "law"}
-    concepts = {path.stem for path in (ROOT / "nano_opd").glob("*.py")} - proofs
-    wanted = {"train.py", *(f"nano_opd/{name}.py" for name in concepts)}
-    assert train.CODE.keys() == wanted | {f"nano_opd/system/{name}.py" for name in OF_SYSTEM}
-    of_system = {path.stem for path in (ROOT / "nano_opd" / "system").glob("*.py")} - {"__init__"}
-    assert of_system == {*OF_SYSTEM, *sources.LEFT_OUT}
+    """The proofs, in exact/, train nothing. Of the rest, what only refuses, saves or shows is left out."""
+    files = [*(ROOT / "nano_opd").glob("*.py"), *(ROOT / "nano_opd" / "system").glob("*.py")]
+    names = {path.relative_to(ROOT).as_posix() for path in files if path.stem != "__init__"}
+    assert train.CODE.keys() == {"train.py"} | names - {*sources.LEFT_OUT}
+    assert {*sources.LEFT_OUT} <= names
+    assert {Path(name).stem for name in train.CODE if "system" in name} == {*OF_SYSTEM}
 
 
 def test_a_new_file_that_a_method_imports_is_part_of_the_code(copy):
@@ -159,6 +159,7 @@ def test_a_run_that_does_not_say_its_code_is_not_taken_for_this_code_s(tmp_path,
     path = run(tmp_path, "--steps", "2") / "config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert saved.pop("code") == train.CODE
+    assert saved.pop("threads") == torch.get_num_threads()
     assert config.Config(**saved) == config.parse([*SHORT, "--out-dir", str(tmp_path)])
     path.write_text(json.dumps(saved), encoding="utf-8")
     capsys.readouterr()
@@ -244,7 +245,8 @@ def test_what_is_deleted_during_a_run_comes_back_whole(what, tmp_path, monkeypat
     run(tmp_path)
     assert {path.name for path in run_dir.iterdir()} == FILES
     saved = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    assert saved == dataclasses.asdict(config.parse([*TINY, "--out-dir", str(tmp_path)])) | {"code": train.CODE}
+    options = dataclasses.asdict(config.parse([*TINY, "--out-dir", str(tmp_path)]))
+    assert saved == options | {"code": train.CODE, "threads": torch.get_num_threads()}
     run(tmp_path, "--resume")
 
 

@@ -21,7 +21,7 @@ from nano_opd.system.fast_rollout import TOKENS_AT_ONCE, sampler
 from nano_opd.tokenizer import EOS, PAD, VOCAB_SIZE
 
 P, R = 4, 12
-COMPILED = {"new": partial(fast_rollout._eager, compiled=True)}
+COMPILED = {"begin": fast_rollout.compiled_draft}
 
 
 def new_prompts(B, P):
@@ -102,20 +102,23 @@ def test_it_stops_after_the_piece_in_which_the_last_response_ends(model, prompts
     assert len(calls) == 1 + -(-last // TOKENS_AT_ONCE) * TOKENS_AT_ONCE < 1 + R
 
 
-def test_a_state_that_is_used_again_remembers_nothing(model, prompts, monkeypatch):
+def test_a_state_that_is_used_again_remembers_nothing(model, prompts):
     """As captured graphs use theirs: other prompts and another stream on the same tensors, as on new ones."""
-    draw = lambda prompts, seed: fast_rollout.sample(model, prompts, R, torch.Generator().manual_seed(seed))
+
+    def draw(prompts, seed, **options):
+        return fast_rollout.sample(model, prompts, R, torch.Generator().manual_seed(seed), **options)
+
     prompts, others = prompts[:2], prompts[2:4]
     late = lambda r: not r.truncated.any() and r.mask.sum(1).min() > TOKENS_AT_ONCE
     first = next(seed for seed in range(999) if late(draw(prompts, seed)))  # ends that must not be taken for
     second = next(seed for seed in range(first + 1, 999) if late(draw(others, seed)))  # those of a rollout that goes on
     want = [draw(prompts, first), draw(others, second)]
-    kept = fast_rollout._eager(model, (len(prompts), P, R), False)
-    monkeypatch.setattr(fast_rollout, "_eager", lambda *_: kept)
-    for got, expected in zip([draw(prompts, first), draw(others, second)], want):
+    kept = fast_rollout.Draft(model, fast_rollout.Sizes(len(prompts), P, R), greedy=False)
+    draw_again = lambda prompts, seed: draw(prompts, seed, begin=lambda *_: kept)
+    for got, expected in zip([draw_again(prompts, first), draw_again(others, second)], want):
         for name in ("tokens", "mask", "logp"):
             assert torch.equal(getattr(got, name), getattr(expected, name))
-    assert torch.equal(draw(prompts, first).tokens, want[0].tokens)
+    assert torch.equal(draw_again(prompts, first).tokens, want[0].tokens)
 
 
 def test_what_the_plain_sampler_refuses_the_fast_one_refuses(model, prompts):
@@ -146,23 +149,32 @@ def test_what_the_plain_sampler_refuses_the_fast_one_refuses(model, prompts):
 def test_the_sampler_is_the_fastest_for_its_device(where, compile, chosen, monkeypatch):
     """And what it is given arrives: the model itself, whatever is wrapped around it."""
     calls = []
-    monkeypatch.setattr(rollout, "sample", lambda *given, **named: calls.append(("plain", given, named)))
-    monkeypatch.setattr(fast_rollout, "sample", lambda *given, **named: calls.append((named.pop("new"), given, named)))
+    monkeypatch.setattr(rollout, "sample", lambda *given: calls.append(("plain", given)))
+    monkeypatch.setattr(fast_rollout, "sample", lambda *given, begin: calls.append((begin, given)))
+    begins = {"plain": "plain", "compiled": fast_rollout.compiled_draft, "captured": fast_rollout.captured_draft}
     model = GPT(GPTConfig(VOCAB_SIZE, 8))
     sample = sampler(torch.device(where), compile)
     assert sampler.__defaults__ == ("auto", False)
     for wrapped in (model, torch.compile(model)):
         sample(wrapped, "prompts", 12, "generator", greedy=True)
-    for how, given, named in calls:
-        assert given[0] is model and given[1:] == ("prompts", 12, "generator") and named == {"greedy": True}
-        if chosen == "compiled":
-            assert how.func is fast_rollout._eager and how.keywords == {"compiled": True}
-        else:
-            assert how == {"plain": "plain", "captured": fast_rollout._captured}[chosen]
+    for begin, given in calls:
+        assert given[0] is model and given[1:] == ("prompts", 12, "generator", True)
+        assert begin == begins[chosen]
     assert len(calls) == 2
     calls.clear()
     sampler(torch.device(where), compile, seldom=True)(model, "prompts", 12)
-    assert calls[0][0] in ("plain", fast_rollout._captured) and (calls[0][0] == "plain") == (chosen != "captured")
+    assert calls == [(begins["captured" if chosen == "captured" else "plain"], (model, "prompts", 12, None, False))]
+
+
+def test_a_compiled_draft_is_drawn_by_compiled_functions(model, prompts, monkeypatch):
+    """Both of them, and with positions for which torch.compile makes one graph for all tokens."""
+    asked = []
+    monkeypatch.setattr(fast_rollout, "compiled", lambda function: asked.append(function.__name__) or function)
+    want = rollout.sample(model, prompts, R, torch.Generator().manual_seed(1))
+    require_same(fast_rollout.sample(model, prompts, R, torch.Generator().manual_seed(1)), want)
+    assert not asked
+    require_same(fast_rollout.sample(model, prompts, R, torch.Generator().manual_seed(1), **COMPILED), want)
+    assert set(asked) == {"prefill", "draw"}
 
 
 class Recorded(TorchDispatchMode):
@@ -201,17 +213,18 @@ def recorded(monkeypatch):
 def test_a_fault_does_not_stay_in_a_kept_cache(prompts, recorded):
     """After weights that overflow, good ones draw as if nothing had been: 0 · NaN would be NaN in every later score."""
     model = new_model(P + R)
-    captured = partial(fast_rollout.sample, new=fast_rollout._captured)
+    captured = partial(fast_rollout.sample, begin=fast_rollout.captured_draft)
     draw = lambda: captured(model, prompts, R, torch.Generator().manual_seed(1))
     want = draw()
-    ((state, _),) = fast_rollout._graphs[model].values()
+    (draft,) = fast_rollout._drafts[model].values()
     good = model.blocks[0].mlp_out.weight[0, 0].item()
     with torch.no_grad():
         model.blocks[0].mlp_out.weight[0, 0] = torch.nan
         with pytest.raises(NumericalFault):
             draw()
         model.blocks[0].mlp_out.weight[0, 0] = good
-    assert any(x.isnan().any() for kv in state.cache for x in kv)
+    for tensors in zip(*draft.state.cache):  # the keys of all layers, and the values
+        assert any(x.isnan().any() for x in tensors)
     require_same(draw(), want)
 
 
@@ -220,7 +233,7 @@ def test_a_captured_rollout_is_replayed_with_other_prompts_draws_and_weights(P, 
     """The same bits as without a graph, through updates of the weights; and only a new size is captured again."""
     model, prompts = new_model(P + R), new_prompts(20, P)
     model.precision = precision
-    captured = partial(fast_rollout.sample, new=fast_rollout._captured)
+    captured = partial(fast_rollout.sample, begin=fast_rollout.captured_draft)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for n in range(3):
         for greedy in (False, True):
@@ -230,13 +243,13 @@ def test_a_captured_rollout_is_replayed_with_other_prompts_draws_and_weights(P, 
             with torch.autocast("cpu", precision, enabled=n == 0 and precision != torch.float32):
                 want, got = (way(model, (prompts + n) % 10, R, stream, greedy) for way, stream in zip(ways, streams))
             assert torch.equal(got.tokens, want.tokens) and torch.equal(got.logp, want.logp)
-        assert len(fast_rollout._graphs[model]) == 2
+        assert len(fast_rollout._drafts[model]) == 2
         optimizer.zero_grad()
         (-response_logprobs(model, want.tokens, P)[want.mask].mean()).backward()
         optimizer.step()
     for size in range(2, 9):
         captured(model, prompts[:size], R, torch.Generator().manual_seed(0))
-    assert len(fast_rollout._graphs[model]) == fast_rollout.KEPT
+    assert len(fast_rollout._drafts[model]) == fast_rollout.KEPT
     kept = weakref.ref(model)
     del model, optimizer
     gc.collect()

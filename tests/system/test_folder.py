@@ -100,8 +100,9 @@ def test_a_damaged_config_is_refused_and_a_deleted_one_comes_back_from_the_right
     capsys.readouterr()
     assert "is not a run's configuration: delete it" in refused(capsys, *tiny)
     path.unlink()
-    key = {option: value for option, value in json.loads(whole).items() if option != "code"} | {"lr": 0.1}
-    folder_of_another = shutil.copytree(path.parent, config.Config(**key | {"out_dir": str(tmp_path)}).run_dir)
+    options = json.loads(whole) | {"lr": 0.1, "out_dir": str(tmp_path)}
+    del options["code"], options["threads"]
+    folder_of_another = shutil.copytree(path.parent, config.Config(**options).run_dir)
     assert "belongs to another configuration (lr" in refused(capsys, *tiny, "--lr", "0.1")
     assert not (folder_of_another / "config.json").exists()
     run(tmp_path, "--resume")
@@ -113,7 +114,7 @@ import importlib, sys
 from pathlib import Path
 from nano_opd.system import config, folder, sources
 cfg, paths = config.Config(), {}
-names = "gpt sft arithmetic tokenizer policy_gradient rollout system.streams opdplus system.report"
+names = "gpt sft arithmetic tokenizer policy_gradient rollout streams system.batches opdplus system.report"
 for name in names.split():
     module = importlib.import_module(f"nano_opd.{name}")
     before = folder.warm_start(cfg, "student", config.parse)[0]
@@ -128,7 +129,7 @@ print(*[name for name, changed in paths.items() if changed])
 
 def test_a_warm_start_is_trained_anew_when_what_trains_it_is_edited(tmp_path):
     shutil.copytree(ROOT / "nano_opd", tmp_path / "nano_opd")
-    trains = "gpt sft arithmetic tokenizer policy_gradient rollout system.streams".split()
+    trains = "gpt sft arithmetic tokenizer policy_gradient rollout streams system.batches".split()
     for edit, edited in (("# a comment", []), ("EDITED = True", trains)):
         command = [sys.executable, "-c", EDITED, f"\n{edit}\n"]
         environment = os.environ | {"PYTHONPATH": str(tmp_path)}

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from nano_opd.rollout import score
-from nano_opd.system.fast_rollout import _draw
+from nano_opd.system.fast_rollout import draw
 
 B, P, R = 128, 8, 24
 GPU = torch.device("cuda", 0)
@@ -120,14 +120,14 @@ def functions(dtype: torch.dtype) -> dict:
     def gradient(weights, model, tokens, of_logp):
         return torch.autograd.grad((score(model, tokens, P)[0] * of_logp).sum(), weights[:-1])
 
-    def draw(weights, model, token, uniform, *cache):
+    def drawn(weights, model, token, uniform, *cache):
         at = [slice(n, n + 1) for n in range(P, P + len(uniform))]
-        return _draw(model, token, [*zip(cache[::2], cache[1::2])], at, uniform, False)
+        return draw(model, token, [*zip(cache[::2], cache[1::2])], at, uniform, False)
 
     return {
         "score": (partial(through, lambda _, model, tokens: score(model, tokens, P)[:1]), *weights, tokens),
         "gradient": (partial(through, gradient), *weights, tokens, torch.ones(B, R)),
-        "draw": (functionalize(partial(through, draw)), *weights, tokens[:, :1], torch.ones(4, B, 1), *cache),
+        "draw": (functionalize(partial(through, drawn)), *weights, tokens[:, :1], torch.ones(4, B, 1), *cache),
     }
 
 

@@ -581,7 +581,7 @@ def test_help_names_the_symbols_and_every_knob(capsys):
     assert end.value.code == 0
     for name in vars(config.Config()):
         assert "--" + name.replace("_", "-") in text
-    for symbol in ("γ", "D_f(q‖p)", "A_n", "log u", "λ", "ε_w", "Â_n", "w_n", "ρ", "P_S", "P_T", " G,"):
+    for symbol in ("γ", "D_f(q‖p)", "A_n", "log u", "λ", "ε_w", "Â_n", "w_n", "ρ", "P_S", "P_T", " G:"):
         assert symbol in text
 
 
