@@ -418,7 +418,7 @@ MUTATIONS = {
     ],
     "system/folder.py": [
         ('        "sft_lr": cfg.sft_lr,\n', "", "wires: another_file"),
-        ("there.get(name) != code.get(name)", "name not in there", "edited_code: by_other_code"),
+        ("there.get(name) != code.get(name)", "name not in there", "reproduce: by_other_code"),
         ("if len(different) == 1 and", "if different and", "edited_code: names_the_run"),
         (
             "        theirs = other.not_default\n        ours = cfg.not_default\n",
