@@ -89,12 +89,12 @@ class Divergence:
 
     @property
     def unbiased(self) -> Callable[[Tensor], Tensor]:
-        """The older name of w_f."""
+        """Return w_f, by its older name."""
         return self.w_f
 
     @property
     def stop_gradient(self) -> Callable[[Tensor], Tensor]:
-        """The older name of `reward`, which stops no gradient."""
+        """Return `reward`, by its older name: it stops no gradient."""
         return self.reward
 
 

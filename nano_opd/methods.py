@@ -71,11 +71,11 @@ def opd_loss(
     _require_known("variance", variance, VARIANCES)
     f = divergences.get(divergence)
 
-    if variance == "full":  # the mean over the sampled token, in closed form
+    if variance == "full":  # the mean over the whole vocabulary, which needs no sampled token
         return gkd.loss(s.student_logits, s.teacher_logits, s.mask, f, stop_gradient=True), {}
 
     f, measured = _with_clipped_log_u(s, f, log_u_clip)
-    if variance == "topk":
+    if variance == "topk":  # the mean over the teacher's top k, and the sampled token if it is none of them
         loss = topk.loss(
             student_logits=s.student_logits,
             teacher_logits=s.teacher_logits,
@@ -87,8 +87,8 @@ def opd_loss(
         )
         return loss, measured
 
-    baseline = None
-    if variance == "baseline":
+    baseline = None  # the sampled token alone
+    if variance == "baseline":  # the sampled token, minus the exact mean over the vocabulary
         baseline = opd.exact_baseline(s.student_logits, s.teacher_logits, f, s.mask)
     log_u = s.teacher_logp - s.student_logp
     A = opd.advantage(log_u, s.mask, f, gamma, baseline)
@@ -105,11 +105,11 @@ def opdplus_loss(
     _require_known("variance", variance, VARIANCES)
     f = divergences.get(divergence)
 
-    if variance == "full":  # the mean over the sampled token, in closed form
+    if variance == "full":  # the mean over the whole vocabulary, which needs no sampled token
         return gkd.loss(s.student_logits, s.teacher_logits, s.mask, f, stop_gradient=False), {}
 
     f, measured = _with_clipped_log_u(s, f, log_u_clip)
-    if variance == "topk":
+    if variance == "topk":  # the mean over the teacher's top k, and the sampled token if it is none of them
         loss = topk.loss(
             student_logits=s.student_logits,
             teacher_logits=s.teacher_logits,
@@ -121,8 +121,8 @@ def opdplus_loss(
         )
         return loss, measured
 
-    baseline = None
-    if variance == "baseline":
+    baseline = None  # the sampled token alone
+    if variance == "baseline":  # the sampled token, minus the exact mean over the vocabulary
         baseline = opdplus.exact_baseline(s.student_logits, s.teacher_logits, f, s.mask)
     log_u = s.teacher_logp - s.student_logp
     A = opdplus.advantage(log_u, s.mask, f, gamma, baseline)

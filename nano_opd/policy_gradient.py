@@ -60,7 +60,7 @@ def logprobs_from(x: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
         return logprobs_of(tokens, logits)
 
     rows = rows_at_once(positions=1, vocabulary=len(weight))
-    return in_parts(logprobs, rows, x, tokens)
+    return _in_parts(logprobs, rows, x, tokens)
 
 
 def reduce(terms: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
@@ -77,8 +77,9 @@ def reduce(terms: Tensor, mask: Tensor, normalize: str = "batch") -> Tensor:
 
 
 def future_return(reward: Tensor, gamma: float) -> Tensor:
-    """Return γ G_{n+1} = Σ_{m>n} γ^{m−n} r_m, (B, R): what is still to come, discounted from the token itself
-    and not from the start.
+    """Return γ G_{n+1} = Σ_{m>n} γ^{m−n} r_m, (B, R): what is still to come.
+
+    It is discounted from the token itself and not from the start of the response.
 
     reward  (B, R), 0 where there is no token
     gamma   discount γ ∈ [0, 1]
@@ -154,10 +155,10 @@ def a_few_at_a_time(sum_over_vocabulary: Callable[..., Tensor], logits: Tensor, 
     logits (B, R, V), others (B, …)
     """
     _, positions, vocabulary = logits.shape
-    return in_parts(sum_over_vocabulary, rows_at_once(positions, vocabulary), logits, *others)
+    return _in_parts(sum_over_vocabulary, rows_at_once(positions, vocabulary), logits, *others)
 
 
-def in_parts(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
+def _in_parts(function: Callable[..., Tensor], rows: int, *tensors: Tensor) -> Tensor:
     """Return function(*tensors), computed for so many rows of the tensors at a time.
 
     The backward pass computes each part once more, so that no more than one part's logits are in memory.

@@ -16,7 +16,9 @@ from nano_opd.rollout import Rollout, sample
 def first_wrong_token(problem: arithmetic.Problem, response: str) -> int | None:
     """Index of the first token that departs from the worked solution, its EOS included; None where none does."""
     expected = arithmetic.solution(problem)
-    return None if response == expected else len(os.path.commonprefix([expected, response]))
+    if response == expected:
+        return None
+    return len(os.path.commonprefix([expected, response]))
 
 
 def token_credit(advantage: Tensor, mask: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,20 +33,24 @@ def token_credit(advantage: Tensor, mask: Tensor, token: Tensor) -> tuple[Tensor
     Raises ValueError for a token outside the mask, a response of one token, or shapes that differ.
     """
     require_batch(mask, advantage=advantage)
-    here, length = token.unsqueeze(1), mask.sum(1)
-    if not mask.gather(1, here).all() or (length < 2).any():
+    index = token.unsqueeze(1)  # (B, 1)
+    length = mask.sum(1)
+    if not mask.gather(1, index).all() or (length < 2).any():
         raise ValueError("token must lie inside a response of at least two tokens")
     size = advantage.abs().masked_fill(~mask, 0.0)
-    own = size.gather(1, here).squeeze(1)
-    ratio = torch.where(size.sum(1) == 0, 1.0, own / ((size.sum(1) - own) / (length - 1)))
-    top = (size == size.amax(1, keepdim=True)) & mask
-    return ratio, top.gather(1, here).squeeze(1) / top.sum(1)
+    own = size.gather(1, index).squeeze(1)
+    mean_of_others = (size.sum(1) - own) / (length - 1)
+    ratio = torch.where(size.sum(1) == 0, 1.0, own / mean_of_others)
+    largest = (size == size.amax(1, keepdim=True)) & mask
+    ranks_first = largest.gather(1, index).squeeze(1) / largest.sum(1)
+    return ratio, ranks_first
 
 
 def success_rate(rewards: Tensor, group_size: int) -> Tensor:
     """How much of each response's group is right, (B,), kept half a response away from 0 and 1."""
-    G = group_size
-    return rewards.view(-1, G).mean(1).clamp(0.5 / G, 1 - 0.5 / G).repeat_interleave(G)
+    half_a_response = 0.5 / group_size
+    rate = rewards.view(-1, group_size).mean(1).clamp(half_a_response, 1 - half_a_response)
+    return rate.repeat_interleave(group_size)
 
 
 KINDS = ("operand", "separator", "carry", "digit", "answer")
@@ -72,24 +78,49 @@ def monte_carlo_values(
     the place of every step). Its standard error is 0 where all K agree. A prefix that several responses share is
     continued once. After a token with p(y_n|s_n) ≥ `sure` V is kept, since |A_n| ≤ 1 − p. After the EOS V is R(y).
     """
-    R, P = rollout.mask.shape[1], rollout.prompt_length
-    V = rewards(problems, rollout).unsqueeze(1).repeat(1, R + 1)  # (B, R+1)
+    R = rollout.mask.shape[1]
+    final = rewards(problems, rollout)
+    V = final.unsqueeze(1).repeat(1, R + 1)  # (B, R+1)
     error = torch.zeros_like(V)
     for n in range(R):
-        moved = rollout.logp[:, n - 1].exp() < sure if n else torch.ones_like(rollout.mask[:, 0])
+        if n == 0:
+            moved = torch.ones_like(rollout.mask[:, 0])  # nothing is known yet
+        else:
+            moved = rollout.logp[:, n - 1].exp() < sure
         kept = rollout.mask[:, n] & ~moved
-        V[kept, n], error[kept, n] = V[kept, n - 1], error[kept, n - 1]
+        V[kept, n] = V[kept, n - 1]
+        error[kept, n] = error[kept, n - 1]
         rows = (rollout.mask[:, n] & moved).nonzero().squeeze(1)
         if len(rows):
-            prefixes, which = rollout.tokens[rows, : P + n].unique(dim=0, return_inverse=True)
-            asked = {prefix: problems[row] for prefix, row in zip(which.tolist(), rows.tolist())}
-            asked = [asked[prefix] for prefix in range(len(prefixes)) for _ in range(samples)]
-            more = sample(model, prefixes.repeat_interleave(samples, 0), R - n, generator)
-            mask = torch.cat([torch.ones(len(asked), n, dtype=torch.bool), more.mask], 1)
-            right = rewards(asked, Rollout(more.tokens, P, mask, more.logp)).view(-1, samples).mean(1)
-            V[rows, n] = right[which]
-            error[rows, n] = (right * (1 - right) / (samples - 1)).sqrt()[which]
+            V[rows, n], error[rows, n] = _continued(model, problems, rollout, rows, n, samples, generator)
     return V, error
+
+
+def _continued(
+    model: GPT,
+    problems: list[arithmetic.Problem],
+    rollout: Rollout,
+    rows: Tensor,
+    n: int,
+    samples: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """V before token n of these rows, (len(rows),), and standard errors, from continuations of every prefix."""
+    R = rollout.mask.shape[1]
+    P = rollout.prompt_length
+    prefixes, prefix_of_row = rollout.tokens[rows, : P + n].unique(dim=0, return_inverse=True)
+    problem_of_prefix = {}
+    for row, prefix in zip(rows.tolist(), prefix_of_row.tolist()):
+        problem_of_prefix[prefix] = problems[row]
+    asked = []
+    for prefix in range(len(prefixes)):
+        asked += [problem_of_prefix[prefix]] * samples
+    more = sample(model, prefixes.repeat_interleave(samples, 0), R - n, generator)
+    mask_of_prefix = torch.ones(len(asked), n, dtype=torch.bool)
+    whole = Rollout(more.tokens, P, torch.cat([mask_of_prefix, more.mask], 1), more.logp)
+    right = rewards(asked, whole).view(-1, samples).mean(1)  # of each prefix
+    error = (right * (1 - right) / (samples - 1)).sqrt()
+    return right[prefix_of_row], error[prefix_of_row]
 
 
 def correlation(x: Tensor, y: Tensor, cluster: Tensor, resamples: int = 2000) -> tuple[float, float, float]:
@@ -97,15 +128,17 @@ def correlation(x: Tensor, y: Tensor, cluster: Tensor, resamples: int = 2000) ->
 
     Tokens of one problem are no independent samples, so whole problems are drawn. NaN where x or y does not vary.
     """
-    x, y = x.double(), y.double()
+    x = x.double()
+    y = y.double()
     terms = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], 1)  # (N, 6)
     sums = terms.new_zeros(int(cluster.max()) + 1, 6).index_add(0, cluster, terms)
     sums = sums[sums[:, 0] > 0]
-    drawn = np.random.default_rng(0).multinomial(len(sums), [1 / len(sums)] * len(sums), resamples)
+    equally = np.full(len(sums), 1 / len(sums))
+    drawn = np.random.default_rng(0).multinomial(len(sums), equally, resamples)
     drawn = np.vstack([np.ones(len(sums)), drawn])  # the first is the sample itself
-    n, sx, sy, xx, yy, xy = (drawn @ sums.numpy()).T
+    n, sum_x, sum_y, sum_xx, sum_yy, sum_xy = (drawn @ sums.numpy()).T
     with np.errstate(invalid="ignore"):
-        r = (n * xy - sx * sy) / np.sqrt((n * xx - sx**2) * (n * yy - sy**2))
+        r = (n * sum_xy - sum_x * sum_y) / np.sqrt((n * sum_xx - sum_x**2) * (n * sum_yy - sum_y**2))
     low, high = np.nanpercentile(r[1:], [2.5, 97.5])
     return float(r[0]), float(low), float(high)
 
@@ -121,8 +154,10 @@ def reversed_on_right(
 
     w_n = P_S/P_T where A > 0, else 1. Arguments as rlsd.advantage.
     """
-    reversed_ = rlsd.advantage(A, student_logp, teacher_logp.clamp(min=-80), mask, lam, eps_w)  # a forbidden token too
-    return torch.where(A[:, None] > 0, reversed_, torch.where(mask, A[:, None], 0.0))
+    teacher_logp = teacher_logp.clamp(min=-80)  # a forbidden token too
+    exchanged = rlsd.advantage(A, student_logp, teacher_logp, mask, lam, eps_w)
+    plain = torch.where(mask, A[:, None], 0.0)
+    return torch.where(A[:, None] > 0, exchanged, plain)
 
 
 def added_contrast(
@@ -136,7 +171,8 @@ def added_contrast(
     """
     A = A[:, None]
     pushed = A + lam * torch.tanh((right_logp - wrong_logp) / tau)
-    return torch.where(mask, torch.where(A > 0, pushed.clamp(min=0), pushed.clamp(max=0)) * (A != 0), 0.0)
+    pushed = torch.where(A > 0, pushed.clamp(min=0), pushed.clamp(max=0))
+    return torch.where(mask & (A != 0), pushed, 0.0)
 
 
 def running_advantage(log_w: Tensor, start: Tensor) -> Tensor:

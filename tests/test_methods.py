@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import train
-from nano_opd import arithmetic, rollout
+from nano_opd import arithmetic, rollout, sft
 from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS, Scored
 from nano_opd.streams import torch_stream
@@ -141,7 +141,8 @@ def updated(sampling_seed=0, **knobs) -> Scene:
     student = Reader(model(cfg, "student", 0))
     teacher = Reader(model(cfg, "student" if cfg.reference_slot else "teacher", 1)).requires_grad_(False)
     before, optimizer = copy.deepcopy(student.model), Followed(student.parameters(), lr=LR)
-    measured = train.update(cfg, STEP, student, teacher, optimizer, sample)
+    sampler = sample if METHODS[cfg.method].samples else sft.solve
+    measured = train.update(cfg, STEP, student, teacher, optimizer, sampler)
     assert len(sampled) == METHODS[cfg.method].samples
     return Scene(student, teacher, before, *(sampled or [None]), optimizer.gradients, measured)
 
@@ -338,7 +339,7 @@ def test_a_worked_solution_holds_exactly_one_eos_inside_its_mask(task, monkeypat
     calls = calls_of_losses(monkeypatch)
     cfg = config.Config(**TINY | {"digits": 2}, batch_size=16, method="sft", task=task)
     student = model(cfg, "student", 0)
-    train.update(cfg, STEP, student, None, Followed(student.parameters(), lr=LR), None)
+    train.update(cfg, STEP, student, None, Followed(student.parameters(), lr=LR), sft.solve)
     ((scored, _),) = calls
     problems = draw_problems(cfg, "problems", 16, STEP)
     for problem, tokens, mask in zip(problems, scored.tokens, scored.mask, strict=True):

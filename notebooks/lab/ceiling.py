@@ -14,17 +14,17 @@ token, which gets all of its reward.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from unittest import mock
 
 import credit
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nano_opd import arithmetic, grpo, policy_gradient, rlsd, sft
 from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS, Loss, Scored
-from nano_opd.rollout import response_logprobs
+from nano_opd.rollout import Rollout, response_logprobs
 from nano_opd.streams import torch_stream
 from nano_opd.system.batches import draw_batch
 from nano_opd.system.config import Config
@@ -35,7 +35,7 @@ from nano_opd.tokenizer import decode
 class Judged:
     """B responses, scored by student and self-teacher, and what only an oracle knows of them."""
 
-    s: Scored
+    scored: Scored
     student: GPT
     problems: list[arithmetic.Problem]
     group_size: int
@@ -44,25 +44,25 @@ class Judged:
     @property
     def rate(self) -> Tensor:
         """(B,) how much of the problem's group is right."""
-        return credit.success_rate(self.s.rewards, self.group_size)
+        return credit.success_rate(self.scored.rewards, self.group_size)
 
     @property
     def A(self) -> Tensor:
         """(B,) GRPO's advantage."""
-        return grpo.advantage(self.s.rewards, self.group_size)
+        return grpo.advantage(self.scored.rewards, self.group_size)
 
     @property
     def gain(self) -> Tensor:
         """(B, R) log P_T − log P_S of each token; a constant."""
-        return torch.where(self.s.mask, self.s.teacher_logp - self.s.old_logp, 0.0)
+        return torch.where(self.scored.mask, self.scored.teacher_logp - self.scored.old_logp, 0.0)
 
     def values(self) -> Tensor:
         """V along every response."""
-        return values(self.student, self.problems, self.s.tokens, self.s.mask, self.s.rewards)
+        return values(self.student, self.problems, self.scored.tokens, self.scored.mask, self.scored.rewards)
 
     def weighted(self, gain: Tensor, lam: float, eps_w: float) -> Tensor:
         """RLSD's advantage with the weight w = e^gain of a right response, e^−gain of a wrong one."""
-        return rlsd.advantage(self.A, gain, torch.zeros_like(gain), self.s.mask, lam, eps_w)
+        return rlsd.advantage(self.A, gain, torch.zeros_like(gain), self.scored.mask, lam, eps_w)
 
     def scaled(self, A: Tensor) -> Tensor:
         """A token's change of the value in standard deviations of the reward, as GRPO's A is."""
@@ -82,67 +82,94 @@ def values(
     V = torch.zeros(len(rest), mask.shape[1] + 1)
     V[:, 0] = rest[:, 0]
     V[:, 1:S] = follows[:, :-1] * rest[:, 1:]
-    ended = torch.cat([torch.zeros_like(mask[:, :1]), ~mask[:, 1:], torch.ones(len(V), 1).bool()], 1)
+    start = torch.zeros_like(mask[:, :1])
+    last = torch.ones_like(mask[:, :1])
+    ended = torch.cat([start, ~mask[:, 1:], last], 1)  # (B, R+1)
     return torch.where(ended, rewards[:, None], V)
 
 
-def exact(b: Judged) -> Tensor:
+def exact(judged: Judged) -> Tensor:
     """A_n = V(s_{n+1}) − V(s_n), the most that is to be known."""
-    return b.scaled(b.values().diff())
+    return judged.scaled(judged.values().diff())
 
 
-def running(b: Judged) -> Tensor:
+def running(judged: Judged) -> Tensor:
     """The same with OPPO's running V, of the self-teacher's evidence."""
-    return b.scaled(credit.running_advantage(b.gain, b.rate))
+    return judged.scaled(credit.running_advantage(judged.gain, judged.rate))
 
 
-def ideal(b: Judged, lam: float, eps_w: float) -> Tensor:
+def ideal_teacher(judged: Judged, lam: float, eps_w: float) -> Tensor:
     """RLSD with the weights of an ideal teacher, the student given right: w_n = V(s_{n+1})/V(s_n), 1 where V is 0."""
-    V = b.values()
+    V = judged.values()
     w = torch.where(V[:, :-1] > 0, V[:, 1:] / V[:, :-1].clamp(min=1e-30), 1.0)
-    return b.weighted(w.clamp(1e-20, 1e20).log(), lam, eps_w)
+    return judged.weighted(w.clamp(1e-20, 1e20).log(), lam, eps_w)
 
 
-def less_its_one(b: Judged) -> Tensor:
+def ideal_narrow(judged: Judged) -> Tensor:
+    """The same at the paper's setting."""
+    return ideal_teacher(judged, lam=0.5, eps_w=0.2)
+
+
+def ideal_wide(judged: Judged) -> Tensor:
+    """The same with λ = ε_w = 1."""
+    return ideal_teacher(judged, lam=1.0, eps_w=1.0)
+
+
+def less_its_one(judged: Judged) -> Tensor:
     """RLSD with λ = ε_w = 1 and the real self-teacher, without the 1 of w = 1 + A/V."""
-    return b.weighted(b.gain, 1.0, 1.0) - b.A[:, None]
+    return judged.weighted(judged.gain, 1.0, 1.0) - judged.A[:, None]
 
 
-def first_mistake(b: Judged) -> Tensor:
+def first_mistake(judged: Judged) -> Tensor:
     """All of a wrong response's blame on its first wrong token; a right response is credited as in GRPO."""
-    A = b.A[:, None].repeat(1, b.s.mask.shape[1])
-    for row, (problem, tokens) in enumerate(zip(b.problems, b.s.tokens.tolist())):
-        n = credit.first_wrong_token(problem, decode(tokens))
+    A = judged.A[:, None].repeat(1, judged.scored.mask.shape[1])
+    position = torch.arange(A.shape[1])
+    for row, problem in enumerate(judged.problems):
+        n = credit.first_wrong_token(problem, decode(judged.scored.tokens[row].tolist()))
         if A[row, 0] < 0 and n is not None:
-            A[row] = A[row].where(torch.arange(A.shape[1]) == n, 0.0)
+            A[row] = A[row].where(position == n, 0.0)
     return A
 
 
-def dealt_anew(b: Judged) -> Tensor:
+def dealt_anew(judged: Judged) -> Tensor:
     """The floor: RLSD at the paper's setting, its weights dealt out at random among the tokens of the response."""
-    order = torch.rand(b.s.mask.shape, generator=b.generator).masked_fill(~b.s.mask, 2.0).argsort(1)
-    return b.weighted(b.gain.gather(1, order), 0.5, 0.2)
+    mask = judged.scored.mask
+    draws = torch.rand(mask.shape, generator=judged.generator)
+    order = draws.masked_fill(~mask, 2.0).argsort(1)  # what lies outside the response stays behind it
+    return judged.weighted(judged.gain.gather(1, order), lam=0.5, eps_w=0.2)
 
 
 ARMS: dict[str, Callable[[Judged], Tensor]] = {
     "exact A": exact,
     "blame on the first mistake": first_mistake,
-    "ideal teacher, λ=½, ε_w=0.2": partial(ideal, lam=0.5, eps_w=0.2),
-    "ideal teacher, λ=1, ε_w=1": partial(ideal, lam=1.0, eps_w=1.0),
+    "ideal teacher, λ=½, ε_w=0.2": ideal_narrow,
+    "ideal teacher, λ=1, ε_w=1": ideal_wide,
     "λ=1, ε_w=1, less its one": less_its_one,
     "running value": running,
     "weights dealt anew": dealt_anew,
 }
 
 
-def update(of_method: Callable[..., dict], arm: str, cfg: Config, step: int, student: GPT, *rest) -> dict:
+def update(
+    of_method: Callable[..., dict],
+    arm: str,
+    cfg: Config,
+    step: int,
+    student: GPT,
+    teacher: GPT,
+    optimizer: Optimizer,
+    sample: Callable[..., Rollout],
+) -> dict:
     """train.update, which is `of_method`, with the oracle's advantage in the place of its method's; all else stays."""
 
-    def loss(s: Scored) -> Loss:
-        problems, generator = draw_batch(cfg, s.step, student.device)[0], torch_stream(cfg.seed, "credit", s.step)
-        A = ARMS[arm](Judged(s, student, problems, cfg.group_size, generator))
-        measured = {"reward": s.rewards.mean(), "zero_groups": grpo.zero_fraction(s.rewards, cfg.group_size)}
-        return policy_gradient.loss(s.student_logp, A, s.mask), measured
+    def loss(scored: Scored) -> Loss:
+        problems = draw_batch(cfg, scored.step, student.device).problems
+        generator = torch_stream(cfg.seed, "credit", scored.step)
+        A = ARMS[arm](Judged(scored, student, problems, cfg.group_size, generator))
+        zero_groups = grpo.zero_fraction(scored.rewards, cfg.group_size)
+        measured = {"reward": scored.rewards.mean(), "zero_groups": zero_groups}
+        return policy_gradient.loss(scored.student_logp, A, scored.mask), measured
 
-    with mock.patch.dict(METHODS, {cfg.method: replace(METHODS[cfg.method], loss=loss, options=())}):
-        return of_method(cfg, step, student, *rest)
+    oracle = replace(METHODS[cfg.method], loss=loss, options=())
+    with mock.patch.dict(METHODS, {cfg.method: oracle}):
+        return of_method(cfg, step, student, teacher, optimizer, sample)

@@ -9,6 +9,7 @@ command can be stopped and given again. Each experiment ends in one CSV, the eva
 row of provenance.csv. What the numbers say is for claims.py and pages.py.
 """
 
+import argparse
 import contextlib
 import csv
 import io
@@ -19,6 +20,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -58,7 +60,8 @@ EVALUATION = "--eval-every 25 --eval-size 250"
 SHORT = "--steps 200 --eval-every 50 --eval-size 250"
 UPDATE_COLUMNS = ("loss", "grad_norm", "clip_fraction", "reward", "zero_groups", "weight_clip_fraction")
 QUICK = "--steps 4 --eval-every 1 --batch-size 8 --teacher-steps 5 --student-steps 5 --eval-size 20 --digits 2"
-DIGITS, SIZED = (2, 3, 5), ("opdplus", "grpo", "rlsd")
+DIGITS = (2, 3, 5)
+SIZED = ("opdplus", "grpo", "rlsd")
 TASKS = {"add": 80, "sub": 90, "mul": 220, "mix": 260}  # with seconds of a run, mean over DIGITS and SIZED
 RATES = ("2e-4", "6e-4", "2e-3", "6e-3", "2e-2")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "pearson_chi2", "neyman_chi2", "hellinger", "tv", "k3")
@@ -72,58 +75,87 @@ RLSD_ONLY = {
 }
 
 
-def arm(method: str, divergence: str, variance: str) -> dict[str, str]:
-    """The arm "method, divergence, variance"."""
-    return {f"{method}, {divergence}, {variance}": f"--method {method} --divergence {divergence} --variance {variance}"}
+def variants(methods: Sequence[str], divergences: Sequence[str], variance: str) -> dict[str, str]:
+    """The arms "method, divergence, variance"."""
+    arms = {}
+    for d in divergences:
+        for m in methods:
+            arms[f"{m}, {d}, {variance}"] = f"--method {m} --divergence {d} --variance {variance}"
+    return arms
 
 
-def sampled(names: tuple[str, ...]) -> dict[str, str]:
-    """OPD and OPD+ with the sampled estimator of each divergence."""
-    return {k: v for d in names for m in ("opd", "opdplus") for k, v in arm(m, d, "sampled").items()}
-
-
-def rates(methods: tuple[str, ...], names: tuple[str, ...], flags: str = "", note: str = "") -> dict[str, str]:
+def rates(methods: Sequence[str], divergences: Sequence[str], flags: str = "", note: str = "") -> dict[str, str]:
     """These methods under these divergences at five learning rates over two decades, with these flags."""
-    return {
-        f"{m}, {d}, lr={lr}{note}": f"--method {m} --divergence {d} --lr {lr} {flags}"
-        for d in names
-        for m in methods
-        for lr in RATES
-    }
+    arms = {}
+    for d in divergences:
+        for m in methods:
+            for lr in RATES:
+                arms[f"{m}, {d}, lr={lr}{note}"] = f"--method {m} --divergence {d} --lr {lr} {flags}"
+    return arms
+
+
+def sizes(task: str) -> Experiment:
+    """Bare commands on a task; add with 3 digits, and the other methods, are in opd, baselines and rlsd."""
+    arms = {}
+    for digits in DIGITS:
+        for m in SIZED:
+            if (task, digits) != ("add", 3):
+                arms[f"{m}, {task} {digits}"] = f"--method {m} --task {task} --digits {digits}"
+    return Experiment("--eval-every 100 --eval-size 250", arms, seeds=3, seconds=TASKS[task])
 
 
 EXPERIMENTS = {
     "opd": Experiment(
         EVALUATION,
-        arm("opdplus", "jsd", "baseline") | sampled(DIVERGENCES[:3]),
+        variants(["opdplus"], ["jsd"], "baseline") | variants(["opd", "opdplus"], DIVERGENCES[:3], "sampled"),
         seeds=5,
         seconds=80,
     ),
-    "divergences": Experiment(EVALUATION + " --steps 200", sampled(DIVERGENCES[3:]), seeds=5, seconds=42),
+    "divergences": Experiment(
+        EVALUATION + " --steps 200",
+        variants(["opd", "opdplus"], DIVERGENCES[3:], "sampled"),
+        seeds=5,
+        seconds=42,
+    ),
     # The stop-gradient in other generators of the same divergences. OPD+ is in opd and divergences.
     "law": Experiment(
         EVALUATION,
-        {f"opd, {name}": f"--method opd --divergence {name}" for name in ("jsd_falling", "jsd,c=-0.25")},
+        {
+            "opd, jsd_falling": "--method opd --divergence jsd_falling",
+            "opd, jsd,c=-0.25": "--method opd --divergence jsd,c=-0.25",
+        },
         seeds=5,
         seconds=80,
     ),
     "law_others": Experiment(
         EVALUATION + " --steps 200",
-        {f"opd, {name}": f"--method opd --divergence {name}" for name in ("hellinger,c=-1", "tv,c=-0.5")},
+        {
+            "opd, hellinger,c=-1": "--method opd --divergence hellinger,c=-1",
+            "opd, tv,c=-0.5": "--method opd --divergence tv,c=-0.5",
+        },
         seeds=5,
         seconds=42,
     ),
     "variance": Experiment(  # the sampled token, and the baseline of jsd, are in opd; gkd is opdplus with full
         EVALUATION,
-        {k: v for d in ("jsd", "forward_kl") for m in ("opdplus", "opd") for k, v in arm(m, d, "full").items()},
+        variants(["opdplus", "opd"], ["jsd", "forward_kl"], "full"),
         seeds=5,
         seconds=62,
     ),
-    "topk": Experiment(EVALUATION, arm("opdplus", "jsd", "topk") | {"null": "--method null"}, seeds=5, seconds=70),
+    "topk": Experiment(
+        EVALUATION,
+        variants(["opdplus"], ["jsd"], "topk") | {"null": "--method null"},
+        seeds=5,
+        seconds=70,
+    ),
     "gamma": Experiment(  # γ = 0 is in opd
         EVALUATION + " --variance sampled",
-        {f"opdplus, jsd, γ={gamma}": f"--method opdplus --gamma {gamma}" for gamma in ("0.5", "1")}
-        | {f"{m}, reverse_kl, γ=1": f"--method {m} --divergence reverse_kl --gamma 1" for m in ("opd", "opdplus")},
+        {
+            "opdplus, jsd, γ=0.5": "--method opdplus --gamma 0.5",
+            "opdplus, jsd, γ=1": "--method opdplus --gamma 1",
+            "opd, reverse_kl, γ=1": "--method opd --divergence reverse_kl --gamma 1",
+            "opdplus, reverse_kl, γ=1": "--method opdplus --divergence reverse_kl --gamma 1",
+        },
         seeds=5,
         seconds=66,
     ),
@@ -147,7 +179,11 @@ EXPERIMENTS = {
     ),
     "rlsd_clip": Experiment(
         EVALUATION,
-        {f"λ=1, ε_w={eps}": f"--method rlsd --lam 1 --eps-w {eps}" for eps in ("0.2", "1", "10")},
+        {
+            "λ=1, ε_w=0.2": "--method rlsd --lam 1 --eps-w 0.2",
+            "λ=1, ε_w=1": "--method rlsd --lam 1 --eps-w 1",
+            "λ=1, ε_w=10": "--method rlsd --lam 1 --eps-w 10",
+        },
         seeds=5,
         seconds=59,
     ),
@@ -158,7 +194,10 @@ EXPERIMENTS = {
         seconds=57,
     ),
     "rlsd_cite": Experiment(
-        EVALUATION + " --reference cite", {"opsd, cite": "--method opsd", "rlsd, cite": "--method rlsd"}, 5, 60
+        EVALUATION + " --reference cite",
+        {"opsd, cite": "--method opsd", "rlsd, cite": "--method rlsd"},
+        seeds=5,
+        seconds=60,
     ),
     "rlsd_published": Experiment(  # RLSD's published schedule, and its baseline
         EVALUATION + " --group-size 8",
@@ -175,30 +214,36 @@ EXPERIMENTS = {
         seeds=3,
         seconds=60,
     ),
-    **{  # bare commands; add with 3 digits, and the other methods, are in opd, baselines and rlsd
-        f"sizes_{task}": Experiment(
-            "--eval-every 100 --eval-size 250",
-            {
-                f"{m}, {task} {digits}": f"--method {m} --task {task} --digits {digits}"
-                for digits in DIGITS
-                for m in SIZED
-                if (task, digits) != ("add", 3)
-            },
-            seeds=3,
-            seconds=seconds,
-        )
-        for task, seconds in TASKS.items()
-    },
+    "sizes_add": sizes("add"),
+    "sizes_sub": sizes("sub"),
+    "sizes_mul": sizes("mul"),
+    "sizes_mix": sizes("mix"),
     # Is the collapse a matter of the learning rate? Also with clipped gradients, and near the teacher.
-    "rate": Experiment(SHORT, rates(("opd", "opdplus"), DIVERGENCES[:3]), seeds=3, seconds=25),
-    "rate_clip": Experiment(SHORT, rates(("opd",), DIVERGENCES[1:3], "--grad-clip 1", ", clipped"), 3, 25),
-    "rate_near": Experiment(SHORT, rates(("opd",), DIVERGENCES[1:3], "--student-steps 300", ", near"), 3, 25),
+    "rate": Experiment(SHORT, rates(["opd", "opdplus"], DIVERGENCES[:3]), seeds=3, seconds=25),
+    "rate_clip": Experiment(
+        SHORT,
+        rates(["opd"], DIVERGENCES[1:3], "--grad-clip 1", note=", clipped"),
+        seeds=3,
+        seconds=25,
+    ),
+    "rate_near": Experiment(
+        SHORT,
+        rates(["opd"], DIVERGENCES[1:3], "--student-steps 300", note=", near"),
+        seeds=3,
+        seconds=25,
+    ),
     # Is it noise that fells what has the right mean gradient, at a large rate? GRPO's own rate is 4e-4.
     "noise": Experiment(
         EVALUATION,
-        {f"grpo, lr={lr}": f"--method grpo --lr {lr} --steps 100" for lr in ("4e-4", "1e-3", "2e-3", "5e-3")}
-        | {f"grpo, lr={lr}, B=512": f"--method grpo --lr {lr} --steps 100 --batch-size 512" for lr in ("2e-3", "5e-3")}
-        | {"opdplus, reverse_kl, γ=1, lr=5e-4": "--method opdplus --divergence reverse_kl --gamma 1 --lr 5e-4"},
+        {
+            "grpo, lr=4e-4": "--method grpo --lr 4e-4 --steps 100",
+            "grpo, lr=1e-3": "--method grpo --lr 1e-3 --steps 100",
+            "grpo, lr=2e-3": "--method grpo --lr 2e-3 --steps 100",
+            "grpo, lr=5e-3": "--method grpo --lr 5e-3 --steps 100",
+            "grpo, lr=2e-3, B=512": "--method grpo --lr 2e-3 --steps 100 --batch-size 512",
+            "grpo, lr=5e-3, B=512": "--method grpo --lr 5e-3 --steps 100 --batch-size 512",
+            "opdplus, reverse_kl, γ=1, lr=5e-4": "--method opdplus --divergence reverse_kl --gamma 1 --lr 5e-4",
+        },
         seeds=5,
         seconds=54,
     ),
@@ -237,14 +282,15 @@ class Run:
     cfg: config.Config
 
     @property
-    def oracle(self) -> str:
-        """What gives the advantage in the place of the method, if it is one of ceiling.ARMS."""
-        return self.arm.split(" from ")[0]
+    def oracle(self) -> str | None:
+        """What gives the advantage in the place of the method: one of ceiling.ARMS, or None."""
+        name = self.arm.split(" from ")[0]
+        return name if name in ceiling.ARMS else None
 
     @property
     def code_of_oracle(self) -> dict[str, str]:
         """The digests of what trains it, beside train.py and what that imports."""
-        return CODE_OF_ORACLES if self.oracle in ceiling.ARMS else {}
+        return {} if self.oracle is None else CODE_OF_ORACLES
 
     def complete(self) -> bool:
         """Whether this very run has been made to its end.
@@ -253,34 +299,46 @@ class Run:
         """
         folder = self.cfg.run_dir
         if (folder / "config.json").exists():
-            try:
-                saved = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-            except (ValueError, TypeError):
-                saved = {}
-            if any(saved.get(name) != value for name, value in self.cfg.run_key().items()):
-                sys.exit(f"reproduce.py: {folder} holds another run: move it away, or give another --out-dir")
-            if any((folder / name).exists() for name in ("checkpoint.pt", "metrics.csv")):
-                try:
-                    require_same_code(folder, saved, CODE | self.code_of_oracle)
-                except RunFolderError as error:
-                    sys.exit(f"reproduce.py: {error}")
+            self.require_own_folder(saved_config(folder))
         return (folder / "provenance.json").exists() and (folder / "metrics.csv").exists()
+
+    def require_own_folder(self, saved: dict) -> None:
+        """Raise SystemExit unless what is saved in the folder is this run, by this code."""
+        folder = self.cfg.run_dir
+        if any(saved.get(name) != value for name, value in self.cfg.run_key().items()):
+            sys.exit(f"reproduce.py: {folder} holds another run: move it away, or give another --out-dir")
+        if (folder / "checkpoint.pt").exists() or (folder / "metrics.csv").exists():
+            try:
+                require_same_code(folder, saved, CODE | self.code_of_oracle)
+            except RunFolderError as error:
+                sys.exit(f"reproduce.py: {error}")
 
     def rows(self) -> list[dict[str, str]]:
         """The evaluated rows of metrics.csv with arm and seed in front.
 
         What is measured at every update is its mean from one evaluation to the next.
         """
-        kept = []
+        evaluated = []
+        updates = []  # beside each evaluated row: the rows from it to the next
         for row in read(self.cfg.run_dir / "metrics.csv"):
             if row["accuracy"]:
-                kept.append(({"arm": self.arm, "seed": str(self.seed)} | row, []))
-            kept[-1][1].append(row)
-        for row, updates in kept:
+                evaluated.append({"arm": self.arm, "seed": str(self.seed)} | row)
+                updates.append([])
+            updates[-1].append(row)
+        for row, rows in zip(evaluated, updates):
             for name in UPDATE_COLUMNS:
-                if values := [float(update[name]) for update in updates if update[name]]:
+                values = [float(update[name]) for update in rows if update[name]]
+                if values:
                     row[name] = str(sum(values) / len(values))
-        return [row for row, _ in kept]
+        return evaluated
+
+
+def saved_config(folder: Path) -> dict:
+    """What config.json holds; nothing if it cannot be read."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return {}
 
 
 def plan(experiment: str, out: Path, quick: bool) -> list[Run]:
@@ -288,19 +346,32 @@ def plan(experiment: str, out: Path, quick: bool) -> list[Run]:
 
     quick  two seeds, and of a large experiment every n-th arm
     """
-    e, planned = EXPERIMENTS[experiment], []
-    arms = dict([*e.arms.items()][:: max(1, len(e.arms) // 2)]) if quick else e.arms
-    for seed in range(e.first_seed, e.first_seed + (2 if quick else e.seeds)):
-        for name, flags in arms.items():
-            folder = out / experiment / name.replace(", ", "-").replace(" ", "-")
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "warm_starts").exists():
-                with contextlib.suppress(OSError):  # Windows lets few users make links; there each arm has its own
-                    (folder / "warm_starts").symlink_to((out / "warm_starts").resolve())
-            arguments = [*e.common.split(), *flags.split(), "--seed", str(seed), "--out-dir", str(folder), "--resume"]
-            arguments += QUICK.split() if quick else []  # put last, so that it overrides what stands before
-            planned.append(Run(experiment, name, seed, arguments, config.parse(arguments)))
+    e = EXPERIMENTS[experiment]
+    arms = list(e.arms)
+    seeds = e.seeds
+    if quick:
+        arms = arms[:: max(1, len(arms) // 2)]
+        seeds = 2
+    planned = []
+    for seed in range(e.first_seed, e.first_seed + seeds):
+        for arm in arms:
+            folder = new_folder(out, experiment, arm)
+            arguments = [*e.common.split(), *e.arms[arm].split()]
+            arguments += ["--seed", str(seed), "--out-dir", str(folder), "--resume"]
+            if quick:
+                arguments += QUICK.split()  # put last, so that it overrides what stands before
+            planned.append(Run(experiment, arm, seed, arguments, config.parse(arguments)))
     return planned
+
+
+def new_folder(out: Path, experiment: str, arm: str) -> Path:
+    """Make the folder of an arm, and in it a link to the warm starts of all arms."""
+    folder = out / experiment / arm.replace(", ", "-").replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "warm_starts").exists():
+        with contextlib.suppress(OSError):  # Windows lets few users make links; there each arm has its own
+            (folder / "warm_starts").symlink_to((out / "warm_starts").resolve())
+    return folder
 
 
 def execute(run: Run, commit: str) -> tuple[float, str]:
@@ -311,8 +382,11 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
     """
     import train
 
-    update = partial(ceiling.update, train.update, run.oracle) if run.oracle in ceiling.ARMS else train.update
-    started, stderr = time.monotonic(), io.StringIO()
+    update = train.update
+    if run.oracle is not None:
+        update = partial(ceiling.update, train.update, run.oracle)
+    started = time.monotonic()
+    stderr = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
         try:
             with mock.patch.object(train, "update", update), mock.patch.dict(train.CODE, run.code_of_oracle):
@@ -323,104 +397,179 @@ def execute(run: Run, commit: str) -> tuple[float, str]:
             if end.code != 1:
                 command = " ".join(["python train.py", *run.arguments])
                 raise RuntimeError(f"{command}\n{stderr.getvalue()}") from None
-    note = {
+    note = provenance(run.cfg.run_dir, commit)
+    (run.cfg.run_dir / "provenance.json").write_text(json.dumps(note, indent=2), encoding="utf-8")
+    last_words = stderr.getvalue().splitlines()[-1:]
+    return time.monotonic() - started, " ".join(last_words)
+
+
+def provenance(run_dir: Path, commit: str) -> dict[str, str]:
+    """How a run was made."""
+    saved = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    return {
         "commit": commit,
         "date": date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "processor": processor(),
-        "threads": str(json.loads((run.cfg.run_dir / "config.json").read_text(encoding="utf-8"))["threads"]),
+        "threads": str(saved["threads"]),
     }
-    (run.cfg.run_dir / "provenance.json").write_text(json.dumps(note, indent=2), encoding="utf-8")
-    return time.monotonic() - started, " ".join(stderr.getvalue().splitlines()[-1:])
+
+
+def git(*arguments: str) -> str:
+    """What a git command prints about the repository; "" where that fails."""
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout
 
 
 def commit() -> str:
     """The commit that is checked out, and whether the code that trains has been changed since."""
-    git = lambda *arguments: subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout
-    changed = git("status", "--porcelain", "--", "nano_opd", "train.py", *CODE_OF_ORACLES)
-    return (git("rev-parse", "--short", "HEAD").strip() or "unknown") + ("-dirty" if changed else "")
+    name = git("rev-parse", "--short", "HEAD").strip()
+    if not name:
+        name = "unknown"
+    if git("status", "--porcelain", "--", "nano_opd", "train.py", *CODE_OF_ORACLES):
+        name += "-dirty"
+    return name
 
 
-def main() -> None:
-    """Run what is missing, then write one CSV per experiment."""
-    accept_any_text()
+def parse() -> argparse.Namespace:
+    """What to run, with the folders `out` of the runs and `results`, made. Bad input ends the program: exit code 2."""
     parser = Parser("reproduce.py", description=__doc__.split("\n")[0])
     parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="two seeds of a miniature, to see that everything runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
     parser.add_argument("--out-dir", type=typed_path, default=ROOT / "out", help="folder of the runs (default: out)")
     args = parser.parse_args()
-    if unknown := set(args.experiments) - set(EXPERIMENTS):
+    unknown = set(args.experiments) - set(EXPERIMENTS)
+    if unknown:
         parser.error(f"unknown experiments {', '.join(sorted(unknown))}: choose from {', '.join(EXPERIMENTS)}")
+    if not args.experiments:
+        args.experiments = list(EXPERIMENTS)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: must be 1 or more")
-    out = args.out_dir / ("quick" if args.quick else "reproduce")
-    results = out / "results" if args.quick else ROOT / "notebooks" / "results"
+    if args.quick:
+        args.out = args.out_dir / "quick"
+        args.results = args.out / "results"
+    else:
+        args.out = args.out_dir / "reproduce"
+        args.results = ROOT / "notebooks" / "results"
     try:
-        results.mkdir(parents=True, exist_ok=True)
-        (out / "warm_starts").mkdir(parents=True, exist_ok=True)
+        args.results.mkdir(parents=True, exist_ok=True)
+        (args.out / "warm_starts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out-dir {args.out_dir}: cannot be used ({error.strerror})")
+    return args
 
-    plans = {name: plan(name, out, args.quick) for name in args.experiments or EXPERIMENTS}
-    missing = [run for planned in plans.values() for run in planned if not run.complete()]
-    left = {name: sum(run.experiment == name for run in missing) for name in plans}
-    for name in [name for name in plans if not left[name]]:
-        write(results, name, plans[name])
-    expected = sum(EXPERIMENTS[run.experiment].seconds for run in missing)
-    print(f"{len(missing)} of {sum(map(len, plans.values()))} runs to make, {args.jobs} at a time", end="")
-    print("" if args.quick else f": about {expected / args.jobs / 60:.0f} minutes", flush=True)
+
+def main() -> None:
+    """Run what is missing, then write one CSV per experiment."""
+    accept_any_text()
+    args = parse()
+    plans = {name: plan(name, args.out, args.quick) for name in args.experiments}
+    missing = {name: [run for run in planned if not run.complete()] for name, planned in plans.items()}
+    for name, planned in plans.items():
+        if not missing[name]:
+            write(args.results, name, planned)
+    to_make = [run for runs in missing.values() for run in runs]
+    seconds = sum(EXPERIMENTS[run.experiment].seconds for run in to_make)
+    about = "" if args.quick else f": about {seconds / args.jobs / 60:.0f} minutes"
+    planned_in_all = sum(len(planned) for planned in plans.values())
+    print(f"{len(to_make)} of {planned_in_all} runs to make, {args.jobs} at a time{about}", flush=True)
 
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the processes; a second thread would take the other run's core
-    started, foreseen, spent, now = time.monotonic(), 0.0, 0.0, commit()
+    now = commit()
+    left = {name: len(runs) for name, runs in missing.items()}
+    progress = Progress(to_make, args.jobs)
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(execute, run, now): run for run in missing}
+        futures = {pool.submit(execute, run, now): run for run in to_make}
         try:
-            for done, future in enumerate(as_completed(futures), 1):
-                run, (seconds, stderr) = futures[future], future.result()
-                foreseen, spent = foreseen + EXPERIMENTS[run.experiment].seconds, spent + seconds
-                eta = (expected - foreseen) * spent / foreseen / args.jobs  # as much slower as the runs were so far
-                print(
-                    f"{done}/{len(missing)}  {run.experiment}: {run.arm}, seed {run.seed}  {seconds:.0f} s  "
-                    f"elapsed {(time.monotonic() - started) / 60:.1f} min, ETA {eta / 60:.1f} min  {stderr}",
-                    flush=True,
-                )
+            for future in as_completed(futures):
+                run = futures[future]
+                seconds, last_words = future.result()
+                progress.report(run, seconds, last_words)
                 left[run.experiment] -= 1
                 if not left[run.experiment]:
-                    write(results, run.experiment, plans[run.experiment])
+                    write(args.results, run.experiment, plans[run.experiment])
         except (RuntimeError, BrokenProcessPool, KeyboardInterrupt) as error:
             pool.shutdown(cancel_futures=True)
             sys.exit(f"reproduce.py: {str(error) or type(error).__name__}\nThe same command continues.")
 
 
+class Progress:
+    """Print a line for each run that has ended, with the time that is left."""
+
+    def __init__(self, runs: list[Run], jobs: int):
+        self.runs = len(runs)
+        self.jobs = jobs
+        self.started = time.monotonic()
+        self.expected = sum(EXPERIMENTS[run.experiment].seconds for run in runs)
+        self.done = 0
+        self.foreseen = 0.0  # seconds of the runs that have ended, as their experiments say
+        self.spent = 0.0  # and as they took
+
+    def report(self, run: Run, seconds: float, last_words: str) -> None:
+        self.done += 1
+        self.foreseen += EXPERIMENTS[run.experiment].seconds
+        self.spent += seconds
+        slower = self.spent / self.foreseen  # the others will be as much slower as these were
+        eta = (self.expected - self.foreseen) * slower / self.jobs
+        elapsed = time.monotonic() - self.started
+        print(
+            f"{self.done}/{self.runs}  {run.experiment}: {run.arm}, seed {run.seed}  {seconds:.0f} s  "
+            f"elapsed {elapsed / 60:.1f} min, ETA {eta / 60:.1f} min  {last_words}",
+            flush=True,
+        )
+
+
 def read(path: Path) -> list[dict[str, str]]:
     """A CSV as a list of rows."""
     with open(path, encoding="utf-8") as file:
-        return [*csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def write(results: Path, experiment: str, planned: list[Run]) -> None:
     """One CSV of all rows, numbers to five digits, no column that is empty everywhere; and where they were made."""
-    rows = [row for run in planned for row in run.rows()]
+    rows = []
+    for run in planned:
+        rows += run.rows()
+    rows.sort(key=arm_seed_and_step)
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
     with open(results / f"{experiment}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
-        for row in sorted(rows, key=lambda row: (row["arm"], int(row["seed"]), int(row["step"]))):
-            numbers = [f"{float(row[name]):.5g}" if "." in row[name] else row[name] for name in columns[2:]]
+        for row in rows:
+            numbers = [to_five_digits(row[name]) for name in columns[2:]]
             writer.writerow([row["arm"], row["seed"], *numbers])
-
-    notes = [json.loads((run.cfg.run_dir / "provenance.json").read_text(encoding="utf-8")) for run in planned]
-    note = {"experiment": experiment} | {k: "; ".join(sorted({n[k] for n in notes})) for k in notes[0]}
-    path = results / "provenance.csv"
-    others = [row for row in read(path) if row["experiment"] != experiment] if path.exists() else []
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, note, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted([*others, note], key=lambda row: [*EXPERIMENTS].index(row["experiment"])))
+    write_provenance(results / "provenance.csv", experiment, planned)
     print(f"{experiment}: {len(planned)} runs, {results / experiment}.csv", flush=True)
+
+
+def arm_seed_and_step(row: dict[str, str]) -> tuple[str, int, int]:
+    return row["arm"], int(row["seed"]), int(row["step"])
+
+
+def to_five_digits(text: str) -> str:
+    """A number with a point in it to five digits; whole numbers and what was not measured as they are."""
+    return f"{float(text):.5g}" if "." in text else text
+
+
+def write_provenance(path: Path, experiment: str, planned: list[Run]) -> None:
+    """Put how an experiment was made into its row of a CSV, in the order of EXPERIMENTS."""
+    notes = []
+    for run in planned:
+        notes.append(json.loads((run.cfg.run_dir / "provenance.json").read_text(encoding="utf-8")))
+    note = {"experiment": experiment}
+    for name in notes[0]:
+        note[name] = "; ".join(sorted({note_of_run[name] for note_of_run in notes}))
+    rows = [note]
+    if path.exists():
+        rows += [row for row in read(path) if row["experiment"] != experiment]
+    order = list(EXPERIMENTS)
+    rows.sort(key=lambda row: order.index(row["experiment"]))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(note), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

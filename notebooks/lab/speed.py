@@ -337,7 +337,7 @@ def busy(usual: int) -> Rows:
     return list(rows.values())
 
 
-def busy_run(usual: int, limit: float = 400) -> Rows:
+def busy_run(usual: int, limit: float = 250) -> Rows:
     """Seconds of the main command from nothing, beside one busy process, with no end later than `limit`."""
     rows = []
     for asked in dict.fromkeys(("1", "auto", str(usual))):

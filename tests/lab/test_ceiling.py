@@ -43,7 +43,7 @@ def judged():
 
 
 def test_the_oracle_knows_the_groups_and_the_evidence(judged):
-    R, s = judged.s.rewards, judged.s
+    R, s = judged.scored.rewards, judged.scored
     assert torch.equal(judged.rate, R.view(-1, 4).mean(1).clamp(0.125, 0.875).repeat_interleave(4))
     assert torch.equal(judged.A, grpo.advantage(R, 4))
     assert torch.equal(judged.gain, torch.where(s.mask, s.teacher_logp - s.student_logp, 0.0))
@@ -54,11 +54,11 @@ def test_the_value_is_the_chance_to_go_on_as_taught(judged):
     solutions = sft.solution_tokens(judged.problems, styles=["blank"] * 16)
     P = CFG.prompt_length
     logp = response_logprobs(judged.student, solutions, P)
-    for row, mask in enumerate(judged.s.mask):
-        solution, written = solutions[row, P:].tolist(), judged.s.tokens[row][mask].tolist()
+    for row, mask in enumerate(judged.scored.mask):
+        solution, written = solutions[row, P:].tolist(), judged.scored.tokens[row][mask].tolist()
         for n in range(len(mask) + 1):
             if n >= len(written):
-                want = judged.s.rewards[row]
+                want = judged.scored.rewards[row]
             else:
                 want = logp[row, n:].sum().exp() * (written[:n] == solution[:n])
             torch.testing.assert_close(V[row, n], torch.as_tensor(want).float(), msg=f"{row=} {n=}")
@@ -68,24 +68,28 @@ def test_the_value_is_the_chance_to_go_on_as_taught(judged):
 def test_exact_credit_adds_up_to_the_surprise_and_blames_the_mistake(judged):
     A = ceiling.exact(judged) * (judged.rate * (1 - judged.rate)).sqrt()[:, None]
     V = judged.values()
-    torch.testing.assert_close(A.sum(1), judged.s.rewards - V[:, 0])
+    torch.testing.assert_close(A.sum(1), judged.scored.rewards - V[:, 0])
     assert (A[0] >= 0).all() and A[1].argmin() == 5 and (A[1, 6:] == 0).all()
-    assert A[4].argmax() == judged.s.mask[4].sum() - 1  # right without work: all of it on the last token
+    assert A[4].argmax() == judged.scored.mask[4].sum() - 1  # right without work: all of it on the last token
 
 
 def test_the_ideal_weights_multiply_to_the_reward_over_the_value(judged):
-    wide = ceiling.ideal(judged, 1.0, 1e9)[0] / judged.A[0]
+    wide = ceiling.ideal_teacher(judged, 1.0, 1e9)[0] / judged.A[0]
     V = judged.values()
     assert judged.A[0] > 0
-    torch.testing.assert_close(wide[judged.s.mask[0]].prod(), 1 / V[0, 0], rtol=1e-3, atol=0)
-    blame = ceiling.ideal(judged, 1.0, 1.0)[1] / judged.A[1]  # of a wrong response: at most twice, at the mistake
-    assert judged.A[1] < 0 and blame.argmax() == 5 and blame[5] == 2 and (blame[6:][judged.s.mask[1, 6:]] == 1).all()
+    torch.testing.assert_close(wide[judged.scored.mask[0]].prod(), 1 / V[0, 0], rtol=1e-3, atol=0)
+    blame = (
+        ceiling.ideal_teacher(judged, 1.0, 1.0)[1] / judged.A[1]
+    )  # of a wrong response: at most twice, at the mistake
+    assert (
+        judged.A[1] < 0 and blame.argmax() == 5 and blame[5] == 2 and (blame[6:][judged.scored.mask[1, 6:]] == 1).all()
+    )
 
 
 def test_the_other_arms_by_their_definitions(judged):
-    mask, A = judged.s.mask, judged.A[:, None]
+    mask, A = judged.scored.mask, judged.A[:, None]
     first = ceiling.first_mistake(judged)
-    for row, text in enumerate(map(decode, judged.s.tokens.tolist())):
+    for row, text in enumerate(map(decode, judged.scored.tokens.tolist())):
         n = credit.first_wrong_token(judged.problems[row], text)
         blamed = judged.A[row] < 0 and n is not None
         want = (
@@ -94,15 +98,17 @@ def test_the_other_arms_by_their_definitions(judged):
             else torch.ones(mask.shape[1])
         )
         assert torch.equal(first[row], judged.A[row] * want)
-    plain = rlsd.advantage(judged.A, judged.s.teacher_logp, judged.s.student_logp, mask, 0.5, 0.2)
+    plain = rlsd.advantage(judged.A, judged.scored.teacher_logp, judged.scored.student_logp, mask, 0.5, 0.2)
     dealt = ceiling.dealt_anew(judged)
     assert not torch.equal(plain, dealt) and (dealt[~mask] == 0).all()
     for row in range(len(mask)):
         assert torch.allclose(plain[row, mask[row]].sort().values, dealt[row, mask[row]].sort().values)
     less = ceiling.less_its_one(judged)
-    w = (judged.s.teacher_logp - judged.s.student_logp).mul(A.sign()).exp().clamp(0, 2)
+    w = (judged.scored.teacher_logp - judged.scored.student_logp).mul(A.sign()).exp().clamp(0, 2)
     torch.testing.assert_close(less[mask], (A * (w - 1))[mask])
-    log_odds = torch.logit(judged.rate) + torch.where(mask, judged.s.teacher_logp - judged.s.student_logp, 0.0).sum(1)
+    log_odds = torch.logit(judged.rate) + torch.where(
+        mask, judged.scored.teacher_logp - judged.scored.student_logp, 0.0
+    ).sum(1)
     total = ceiling.running(judged).sum(1) * (judged.rate * (1 - judged.rate)).sqrt()
     torch.testing.assert_close(total, log_odds.sigmoid() - judged.rate)
 

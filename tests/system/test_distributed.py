@@ -1,6 +1,6 @@
 """Two processes under torchrun: the gradient of one, a single writer, and an end for all when one of them ends.
 
-This file is also the program of those processes: `torchrun tests/system/test_distributed.py shares|run <folder> …`.
+This file is also their program: `torchrun tests/system/test_distributed.py shares|run <folder> …`.
 """
 
 import copy
@@ -23,6 +23,7 @@ from nano_opd.gpt import GPT
 from nano_opd.methods import METHODS
 from nano_opd.rollout import Rollout, sample
 from nano_opd.system import checkpoint, config, console, distributed
+from nano_opd.system.batches import draw_problems
 from nano_opd.system.fast_rollout import sampler
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +116,8 @@ def work_on_shares(folder):
             if distributed.rank() > 0:
                 torch.nn.init.zeros_(student.embedding.weight)  # so that the weights must come from rank 0
             kept.clear()
-            gradients = gradients_of_an_update(cfg, distributed.replicate(student), teacher, recorded)
+            sample_or_solve = recorded if METHODS[cfg.method].samples else train.sft.solve
+            gradients = gradients_of_an_update(cfg, distributed.replicate(student), teacher, sample_or_solve)
             drawn = {key: vars(value) if isinstance(value, Rollout) else value for key, value in kept.items()}
             out[arm] = {"gradients": gradients, "weights": student.state_dict(), **drawn}
         k = distributed.rank()
@@ -191,7 +193,7 @@ def shares(tmp_path_factory):
 
 def batch_of(cfg):
     """The problems of all ranks, as one process draws them."""
-    drawn = streams.draw_problems(cfg, "problems", 16 // cfg.copies, 3)
+    drawn = draw_problems(cfg, "problems", 16 // cfg.copies, 3)
     return [problem for problem in drawn for _ in range(cfg.copies)]
 
 

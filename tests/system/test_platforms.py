@@ -67,18 +67,24 @@ def test_a_file_system_without_locks_and_folders_to_flush_takes_a_run(number, tm
 
 @pytest.mark.parametrize(
     "encoding,arguments",
-    [(e, f"{program} --help") for e in ("cp1252", "ascii") for program in ("train.py", "notebooks/bench.py")]
-    + [("ascii", "notebooks/pages.py")],
+    [
+        ("cp1252", "train.py --help"),
+        ("ascii", "train.py --help"),
+        ("cp1252", "-m lab.bench --help"),
+        ("ascii", "-m lab.bench --help"),
+        ("ascii", "-m lab.pages"),
+    ],
 )
 def test_every_console_takes_the_text(encoding, arguments, tmp_path):
     """And files are UTF-8, whatever the system's encoding is."""
-    program, *rest = arguments.split()
-    if program.endswith("pages.py"):  # prints its tables, with ± and λ, if they are to stand in no README
-        rest = [str(tmp_path)]
+    program = [sys.executable, *arguments.split()]
+    if arguments.endswith("pages"):  # prints its tables, with ± and λ, if they are to stand in no README
+        program.append(str(tmp_path))
         for path in (ROOT / "notebooks" / "results").glob("*.[cj]s*"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     environment = WINDOWS | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, str(ROOT / program), *rest], env=environment, capture_output=True)
+    folder = ROOT / "notebooks" if "lab" in arguments else ROOT
+    ended = subprocess.run(program, cwd=folder, env=environment, capture_output=True)
     assert ended.returncode == 0, ended.stderr
     assert len(said := ended.stdout.decode(encoding)) > 300 and "not run" not in said
 
