@@ -73,8 +73,11 @@ def run_suite(package_parent: str, file: str, expression: str) -> None:
 
 def exit_code_of_suite(package_parent: Path, file: str, expression: str) -> int:
     """Return pytest's exit code of the tests of a file that match, with the package under package_parent."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SLOW_IMPORTS)
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(SLOW_IMPORTS)
+    else:  # Windows has none: there every mutant imports torch itself
+        context = multiprocessing.get_context("spawn")
     process = context.Process(target=run_suite, args=(str(package_parent), file, expression))
     process.start()
     process.join()

@@ -7,18 +7,18 @@ from suite import exit_code_of_suite, exit_code_on_the_mutant
 # The first of each file of nano_opd/ is also in tests/test_mutants_one_each.py, which plain `pytest` runs.
 MUTATIONS = {
     "opd.py": [
+        ("own = reward  #", "own = divergence.w_f(log_u)  #", "exact: missing_term"),
         ("(mask, log_u, 0.0).detach()", "(mask, log_u, 0.0)", "estimators: baselines_are_detached"),
         ("baseline.detach()", "baseline", "estimators: baselines_are_detached"),
         ("own = reward  #", "own = -reward  #", "exact: missing_term"),
-        ("own = reward  #", "own = divergence.w_f(log_u)  #", "exact: missing_term"),
         ("future_return(reward, gamma)", "future_return(-reward, gamma)", "exact: missing_term"),
         ("divergence.weighted_f,", "divergence.weighted_w_f,", "estimators: exact_baselines"),
     ],
     "opdplus.py": [
+        ("own = divergence.w_f(log_u)", "own = reward", "exact: unbiased_for_the_prefix"),
         ("(mask, log_u, 0.0).detach()", "(mask, log_u, 0.0)", "estimators: baselines_are_detached"),
         ("baseline.detach()", "baseline", "estimators: baselines_are_detached"),
         ("torch.where(mask, log_u, 0.0)", "torch.where(mask, -log_u, 0.0)", "exact: unbiased_for_the_prefix"),
-        ("own = divergence.w_f(log_u)", "own = reward", "exact: unbiased_for_the_prefix"),
         (
             "own = divergence.w_f(log_u)",
             "own = reward + divergence.f_prime(log_u)",
@@ -43,11 +43,11 @@ MUTATIONS = {
         ("divergences.sum() / len(mask)", "divergences.mean()", "estimators: gkd_value"),
     ],
     "topk.py": [
+        ("-(of_top + of_sampled)", "-of_top", "exact: top_k"),
         ("teacher_logits.detach()", "teacher_logits", "estimators: teacher_is_not_trained"),
         ("log_p = log_p.detach()", "pass", "exact: top_k"),
         ("(sampled_logq - sampled_logp.detach())", "(sampled_logq - sampled_logp)", "exact: top_k"),
         ("teacher_logp.topk(", "student_logp.topk(", "methods: distillation"),
-        ("-(of_top + of_sampled)", "-of_top", "exact: top_k"),
         ("outside = mask & (top != tokens).all(-1)", "outside = mask", "exact: top_k"),
         ("min(k, vocabulary)", "vocabulary", "exact: not_in_the_sum"),
         ("torch.where(p_times_A == 0, 0.0, top_logp)", "top_logp", "estimators: cannot_say"),
