@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from nano_opd import sft
-from nano_opd.gpt import GPT, GPTConfig
+from nano_opd.gpt import GPT, GPTConfig, adamw
 from nano_opd.methods import METHODS, Scored
 from nano_opd.rollout import Rollout, score
 from nano_opd.system.config import Config
@@ -28,7 +28,9 @@ from nano_opd.system.fast_rollout import sampler
 from nano_opd.tokenizer import EOS
 
 SIZES = [(2, 64), (4, 128), (6, 384), (12, 768)]  # layers × width
-B, P, R = 128, 8, 24  # responses; tokens of a prompt and of a response
+B = 128  # responses
+P = 8  # tokens of a prompt
+R = 24  # tokens of a response
 VOCAB_SIZE = EOS  # the toy's alphabet without EOS and PAD: no response ends early, so 24 tokens are 24 tokens
 
 
@@ -42,49 +44,81 @@ def new_model(layers: int, width: int, length: int, device: torch.device, vocab_
 
 def new_pair(layers: int, width: int, length: int, device: torch.device) -> tuple[GPT, GPT]:
     """A student and its teacher: 3×96 for the default student of 2×64, else of the same size."""
-    of_teacher = (3, 96) if (layers, width) == (2, 64) else (layers, width)
-    return new_model(layers, width, length, device), new_model(*of_teacher, length, device).requires_grad_(False)
+    student = new_model(layers, width, length, device)
+    if (layers, width) == (2, 64):
+        teacher = new_model(3, 96, length, device)
+    else:
+        teacher = new_model(layers, width, length, device)
+    return student, teacher.requires_grad_(False)
 
 
 def phases(student: GPT, teacher: GPT, B: int, P: int, R: int, dtype=torch.float32, compile="auto") -> dict:
     """The student's rollout, score and update, and the step, which is train.py's `update` with the default options."""
-    student.precision = teacher.precision = dtype
-    cfg, optimizer = Config(), sft.adamw(student, 0.0)  # lr 0: no update changes the next
+    student.precision = dtype
+    teacher.precision = dtype
+    cfg = Config()
+    optimizer = adamw(student, lr=0.0)  # no update changes the next
     sample = sampler(student.device, compile)
-    scored_student, scored_teacher = compiled(compile, student), compiled(compile, teacher)
+    scored_student = compiled(compile, student)
+    scored_teacher = compiled(compile, teacher)
     prompts = torch.randint(VOCAB_SIZE, (B, P), device=student.device)
-    rollout = lambda: sample(student, prompts, R)
-    logp_of = lambda model, y: score(model, y.tokens, P)[0]
-    given, constant = rollout(), torch.no_grad()(logp_of)
 
-    def update(y: Rollout, teacher_logp: torch.Tensor) -> None:
-        logp = logp_of(scored_student, y)
-        scored = Scored(y.responses, y.mask, logp, logp.detach(), teacher_logp)
+    def rollout() -> Rollout:
+        return sample(student, prompts, R)
+
+    def score_with(model: nn.Module, y: Rollout) -> Tensor:
+        logp, _ = score(model, y.tokens, P)
+        return logp
+
+    def update_on(y: Rollout, teacher_logp: Tensor) -> None:
+        logp = score_with(scored_student, y)
+        scored = Scored(y.responses, y.mask, logp, logp.detach(), teacher_logp)  # drops nothing: p_old
+        loss, _ = METHODS[cfg.method].loss(scored, **cfg.options_of_method)
         optimizer.zero_grad()
-        METHODS[cfg.method].loss(scored, **cfg.options_of_method)[0].backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), float("inf"))  # train.py logs the norm
         optimizer.step()
 
-    step = lambda: update(y := rollout(), constant(scored_teacher, y))
-    of_given = {"score": lambda: constant(scored_student, given), "update": lambda: update(given, given.logp)}
-    return {"rollout": rollout, **of_given, "step": step}
+    given = rollout()
+
+    @torch.no_grad()
+    def score_given() -> Tensor:
+        return score_with(scored_student, given)
+
+    def update() -> None:
+        update_on(given, given.logp)
+
+    def step() -> None:
+        y = rollout()
+        with torch.no_grad():
+            teacher_logp = score_with(scored_teacher, y)
+        update_on(y, teacher_logp)
+
+    return {"rollout": rollout, "score": score_given, "update": update, "step": step}
 
 
 def take_turns(runs: dict, device: torch.device, seconds: float, turns: int = 5) -> dict:
     """Seconds of each run in each turn, arrays: as many turns as fit into `seconds`, but at least `turns`."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for run in runs.values():
         run()
-    times, order, end = {name: [] for name in runs}, list(runs), time.monotonic() + seconds
+    times = {name: [] for name in runs}
+    order = list(runs)
+    end = time.monotonic() + seconds
     while len(times[order[0]]) < turns or time.monotonic() < end:
         for name in order:
-            wait()
+            wait_for(device)
             start = time.perf_counter()
             runs[name]()
-            wait()
+            wait_for(device)
             times[name].append(time.perf_counter() - start)
         order.reverse()  # so that none always comes after the same neighbour
     return {name: np.array(values) for name, values in times.items()}
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def paired_ratio(a: np.ndarray, b: np.ndarray) -> list[float]:
@@ -94,62 +128,108 @@ def paired_ratio(a: np.ndarray, b: np.ndarray) -> list[float]:
 
 def observe(run: Callable, device: torch.device) -> tuple[int, float]:
     """Operator calls (on a GPU: kernels) of one run, and its peak MB of tensors on top of what there was before."""
-    if gpu := device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    with torch.profiler.profile(profile_memory=not gpu) as profile:
-        run()  # the profiler waits for the device at its end
-    if gpu:
-        kernels = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-        return kernels, (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    is_operator = lambda event: event is not None and event.name.startswith("aten::")
-    calls = sum(is_operator(e) and not is_operator(e.cpu_parent) for e in profile.events())  # not those within others
+    if device.type == "cuda":
+        return observe_on_gpu(run, device)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    calls = 0
+    for event in profile.events():
+        if is_operator(event) and not is_operator(event.cpu_parent):  # not those within others
+            calls += 1
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # +allocated, −freed
-    live = np.cumsum([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())])
+    changes.sort(key=lambda event: event.start_ns())
+    live = np.cumsum([event.nbytes() for event in changes])
     return calls, float(live.max()) / 1e6
+
+
+def is_operator(event) -> bool:
+    return event is not None and event.name.startswith("aten::")
+
+
+def observe_on_gpu(run: Callable, device: torch.device) -> tuple[int, float]:
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with torch.profiler.profile() as profile:
+        run()  # the profiler waits for the device at its end
+    kernels = 0
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels += 1
+    return kernels, (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
 def measure(student: GPT, teacher: GPT, B: int, dtype: torch.dtype, seconds: float = 8, others=()) -> tuple:
     """One row for each phase and --compile, and all times; `others` are timed in the same turns, by name."""
     torch.compiler.reset()  # or sizes that are seen to change would become variables of slower kernels
-    runs, rows, size = {}, [], f"{student.config.n_layer}×{student.config.n_embd}"
-    for way in ("off", "on") if has_compiler(student.device) else ("off",):
-        runs |= {(name, way): run for name, run in phases(student, teacher, B, P, R, dtype, way).items()}
+    size = f"{student.config.n_layer}×{student.config.n_embd}"
+    runs = {}
+    for way in ["off", "on"] if has_compiler(student.device) else ["off"]:
+        for name, run in phases(student, teacher, B, P, R, dtype, way).items():
+            runs[name, way] = run
     times = take_turns(runs | dict(others), student.device, seconds)
+    rows = []
     for (name, way), run in runs.items():
-        s, ratio = np.median(times[name, way]), paired_ratio(times[name, way], times[name, "off"])
+        median = np.median(times[name, way])
         calls, peak = observe(run, student.device)
-        row = {"size": size, "B": B, "phase": name, "compile": way, "tokens/s": round(B * R / s), "ms": 1e3 * s}
-        rows.append(row | {"on / off": ratio if way == "on" else None, "calls": calls, "peak, MB": peak})
+        rows.append(
+            {
+                "size": size,
+                "B": B,
+                "phase": name,
+                "compile": way,
+                "tokens/s": round(B * R / median),
+                "ms": 1e3 * median,
+                "on / off": paired_ratio(times[name, way], times[name, "off"]) if way == "on" else None,
+                "calls": calls,
+                "peak, MB": peak,
+            }
+        )
     return rows, times
 
 
 def processor() -> str:
     """The CPU's name as Linux gives it; elsewhere, as Python does."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8") if info.exists() else "")
-    return found[1] if found else platform.processor() or platform.machine()
+    if info.exists():
+        found = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8"))
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> str:
     """Where the numbers come from."""
-    cpu = f"{processor()}, threads: {torch.get_num_threads()}"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{processor()}, threads: {torch.get_num_threads()}"
     return f"{name}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}"
 
 
 def markdown(rows: list[dict]) -> str:
     """A table of Markdown: three digits, quartiles in brackets."""
 
-    def cell(value) -> str:
-        if isinstance(value, list):
-            return "{} [{}, {}]".format(*map(cell, value))
-        if not isinstance(value, (int, float)):
-            return value or ""
-        return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}"
+    lines = [markdown_row(list(rows[0])), markdown_row(["---"] * len(rows[0]))]
+    for row in rows:
+        lines.append(markdown_row([cell(value) for value in row.values()]))
+    return "\n".join(lines)
 
-    lines = [rows[0], ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+def markdown_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def cell(value: list[float] | float | str | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        median, low, high = value
+        return f"{cell(median)} [{cell(low)}, {cell(high)}]"
+    if isinstance(value, float) and abs(value) < 100:
+        return f"{value:.3g}"
+    return f"{value:,.0f}"
 
 
 def parse(parser: Parser, arguments: list[str] | None, path: Path | None = None) -> argparse.Namespace:
@@ -164,16 +244,19 @@ def parse(parser: Parser, arguments: list[str] | None, path: Path | None = None)
     most = os.cpu_count() or 1
     if not 1 <= args.threads <= most:
         parser.error(f"--threads {args.threads}: must be from 1 to {most}")
+    args.tables = {}
     try:
-        args.device, args.tables = resolve(args.device), {}
+        args.device = resolve(args.device)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.tables = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+            if args.json.exists():
+                args.tables = json.loads(args.json.read_text(encoding="utf-8"))
             if not isinstance(args.tables, dict):
                 raise ValueError("the file holds something else than tables")
     except (OSError, ValueError) as error:
         parser.error(f"--device {args.device}, --json {args.json}: {error}")
-    args.dtype, args.sizes = getattr(torch, args.dtype), SIZES[: 4 if args.large or args.device.type == "cuda" else 2]
+    args.dtype = getattr(torch, args.dtype)
+    args.sizes = SIZES if args.large or args.device.type == "cuda" else SIZES[:2]
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     return args
@@ -190,8 +273,12 @@ def publish(name: str, rows: list[dict], args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """One table of all sizes."""
     args = parse(Parser("bench", description=__doc__, allow_abbrev=False), arguments)
-    pairs = (new_pair(*size, P + R, args.device) for size in args.sizes)
-    publish("phases", [row for pair in pairs for row in measure(*pair, B, args.dtype)[0]], args)
+    rows = []
+    for layers, width in args.sizes:
+        student, teacher = new_pair(layers, width, P + R, args.device)
+        rows_of_size, _ = measure(student, teacher, B, args.dtype)
+        rows += rows_of_size
+    publish("phases", rows, args)
 
 
 if __name__ == "__main__":

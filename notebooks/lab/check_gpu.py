@@ -16,7 +16,7 @@ from lab.bench import B, P, R, machine, markdown, measure, new_model, new_pair
 
 import train
 from nano_opd import arithmetic, rollout
-from nano_opd.gpt import GPT
+from nano_opd.gpt import GPT, GPTConfig
 from nano_opd.methods import METHODS
 from nano_opd.rollout import Rollout, response_logprobs
 from nano_opd.system import config
@@ -37,39 +37,60 @@ def row(what: str, difference: float, within: float) -> dict:
 def models(cfg: config.Config, dtype: torch.dtype) -> tuple[GPT, GPT]:
     """A student and a teacher with random weights on the CPU."""
     torch.manual_seed(0)
-    sizes = [cfg.gpt(who) for who in ("student", "student" if cfg.reference_slot else "teacher")]
-    cpu = torch.device("cpu")
-    made = [new_model(c.n_layer, c.n_embd, c.block_size, cpu, c.vocab_size) for c in sizes]
-    for model in made:
-        model.precision = dtype
-    return made[0], made[1].requires_grad_(False)
+    student = model(cfg.gpt("student"), dtype)
+    teacher = model(cfg.gpt("student" if cfg.reference_slot else "teacher"), dtype)
+    return student, teacher.requires_grad_(False)
+
+
+def model(size: GPTConfig, dtype: torch.dtype) -> GPT:
+    """A model with random weights on the CPU."""
+    made = new_model(size.n_layer, size.n_embd, size.block_size, torch.device("cpu"), size.vocab_size)
+    made.precision = dtype
+    return made
 
 
 def answers(cfg: config.Config, device: torch.device) -> Rollout:
     """Worked solutions in the place of samples, the same on every device; every other one with a wrong last digit."""
-    problems, prompts, _ = draw_batch(cfg, 0, device)
+    batch = draw_batch(cfg, 0, device)
     rows = []
-    for n, text in enumerate(map(arithmetic.solution, problems)):
-        text = text if n % 2 else text[:-1] + str((int(text[-1]) + 1) % 10)
-        rows.append((encode(text) + [EOS] + [PAD] * cfg.response_cap)[: cfg.response_cap])
+    for n, problem in enumerate(batch.problems):
+        text = arithmetic.solution(problem)
+        if n % 2 == 0:
+            wrong_digit = (int(text[-1]) + 1) % 10
+            text = text[:-1] + str(wrong_digit)
+        row = encode(text) + [EOS] + [PAD] * cfg.response_cap
+        rows.append(row[: cfg.response_cap])
     responses = torch.tensor(rows, device=device)
-    logp = torch.zeros(responses.shape, device=device)
-    return Rollout(torch.cat([prompts, responses], 1), prompts.shape[1], responses != PAD, logp)
+    return Rollout(
+        tokens=torch.cat([batch.prompts, responses], 1),
+        prompt_length=batch.prompts.shape[1],
+        mask=responses != PAD,
+        logp=torch.zeros(responses.shape, device=device),
+    )
 
 
 def gradient(cfg: config.Config, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Of one update of train.py, on that device."""
-    student, teacher = (model.to(device) for model in models(cfg, dtype))
-    train.update(cfg, 0, student, teacher, torch.optim.SGD(student.parameters(), 0.0), lambda *_: answers(cfg, device))
+    student, teacher = models(cfg, dtype)
+    student.to(device)
+    teacher.to(device)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+
+    def sample(*_) -> Rollout:
+        return answers(cfg, device)
+
+    train.update(cfg, 0, student, teacher, optimizer, sample)
     return torch.cat([parameter.grad.flatten() for parameter in student.parameters()]).cpu().double()
 
 
 def updates(device: torch.device, dtype: torch.dtype) -> Iterator[dict]:
     """Every method's gradient, against that of float32 on the CPU."""
-    ways = [["--method", method] for method in METHODS] + [["--variance", v] for v in ("baseline", "topk", "full")]
+    ways = [["--method", method] for method in METHODS]
+    ways += [["--variance", variance] for variance in ("baseline", "topk", "full")]
     for way in ways:
         cfg = config.parse([*way, "--batch-size", "32"])
-        want, got = gradient(cfg, torch.float32, torch.device("cpu")), gradient(cfg, dtype, device)
+        want = gradient(cfg, torch.float32, torch.device("cpu"))
+        got = gradient(cfg, dtype, device)
         difference = ((got - want).norm() / want.norm()).item()
         yield row(f"gradient, {' '.join(way)}, {dtype}", difference, WITHIN[dtype])
 
@@ -80,13 +101,16 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[dict]:
     Twice with the same sampler and other weights: a graph that kept old ones would show.
     """
     cfg = config.parse(["--batch-size", "256"])
-    student = models(cfg, dtype)[0].to(device)
-    prompts, fast = draw_batch(cfg, 0, device)[1], sampler(device)
+    student, _ = models(cfg, dtype)
+    student.to(device)
+    prompts = draw_batch(cfg, 0, device).prompts
+    fast = sampler(device)
     for time in ("first", "second"):
-        draw = lambda way: way(student, prompts, cfg.response_cap, torch.Generator(device).manual_seed(1))
-        got, want = draw(fast), draw(rollout.sample)
+        got = fast(student, prompts, cfg.response_cap, torch.Generator(device).manual_seed(1))
+        want = rollout.sample(student, prompts, cfg.response_cap, torch.Generator(device).manual_seed(1))
         others = (got.tokens != want.tokens).any(1).float().mean().item()
-        yield row(f"responses that differ, {time} weights, {dtype}", others, 0.02 if dtype == torch.float32 else 0.2)
+        few = 0.02 if dtype == torch.float32 else 0.2
+        yield row(f"responses that differ, {time} weights, {dtype}", others, few)
         with torch.no_grad():
             logp = response_logprobs(student, got.tokens, got.prompt_length)
             apart = (got.logp - logp)[got.mask].abs().mean().item()
@@ -99,7 +123,9 @@ def runs(device: torch.device, folder: str) -> Iterator[dict]:
     """Short runs of train.py: every method, then --compile and --dtype; each resumed once. An error fails a check."""
     short = f"--steps 4 --eval-every 2 --eval-size 20 --teacher-steps 3 --student-steps 3 --digits 2 --device {device}"
     ways = [f"--method {method} --batch-size 16" for method in METHODS]
-    ways += [f"--compile {way} --batch-size 24" for way in ("off", *["on"] * has_compiler(device))]
+    ways.append("--compile off --batch-size 24")
+    if has_compiler(device):
+        ways.append("--compile on --batch-size 24")
     ways += [f"--dtype {dtype} --batch-size 32" for dtype in ("float32", "bfloat16")]
     for way in ways:
         command = [*way.split(), *short.split(), "--out-dir", folder]
@@ -125,9 +151,13 @@ def main(arguments: list[str] | None = None) -> None:
         device = resolve(args.device)
     except ValueError as error:
         parser.error(f"--device {error}")
+    dtypes = [torch.float32]
+    sizes = [(2, 64)]
     report = {"machine": machine(device, torch.float32), "checks": [], "speed": {}}
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of several
+        dtypes = [torch.float32, torch.bfloat16]
+        sizes = [(2, 64), (6, 384), (12, 768)]
         report["machine"] += f", CUDA {torch.version.cuda}, {torch.cuda.get_device_properties(device)}"
     print(report["machine"])
 
@@ -135,24 +165,28 @@ def main(arguments: list[str] | None = None) -> None:
         args.file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     with tempfile.TemporaryDirectory() as folder:
-        of_dtypes = [check(device, dtype) for dtype in WITHIN for check in (updates, samples)]
-        for checks in (*of_dtypes, runs(device, folder)):
+        checks = []
+        for dtype in WITHIN:
+            checks.append(("updates", updates(device, dtype)))
+            checks.append(("samples", samples(device, dtype)))
+        checks.append(("runs", runs(device, folder)))
+        for name, rows in checks:
             try:
-                report["checks"].extend(checks)
+                report["checks"].extend(rows)
             except Exception as error:  # the report goes on
-                report["checks"].append(row(f"{checks.__name__}: {type(error).__name__}: {error}", float("inf"), 0.0))
+                report["checks"].append(row(f"{name}: {type(error).__name__}: {error}", float("inf"), 0.0))
             keep()
     print(markdown(report["checks"]))
-    for size in [(2, 64), (6, 384), (12, 768)] if device.type == "cuda" else [(2, 64)]:
-        for dtype in WITHIN if device.type == "cuda" else [torch.float32]:
-            rows, _ = measure(*new_pair(*size, P + R, device), B, dtype, seconds=5)
-            report["speed"][f"{size[0]}×{size[1]}, {dtype}"] = rows
+    for layers, width in sizes:
+        for dtype in dtypes:
+            student, teacher = new_pair(layers, width, P + R, device)
+            rows, _ = measure(student, teacher, B, dtype, seconds=5)
+            report["speed"][f"{layers}×{width}, {dtype}"] = rows
             print(f"\n{dtype}\n\n{markdown(rows)}", flush=True)
             keep()
     failed = [checked["check"] for checked in report["checks"] if checked["as it should be"] != "True"]
-    print(
-        f"\n{len(report['checks']) - len(failed)} of {len(report['checks'])} checks passed; {args.file}: please send it"
-    )
+    passed = len(report["checks"]) - len(failed)
+    print(f"\n{passed} of {len(report['checks'])} checks passed; {args.file}: please send it")
     if failed:
         raise SystemExit(1)
 

@@ -34,7 +34,8 @@ def halve_the_shown_size(notebook: nbformat.NotebookNode) -> None:
 
 def execute(path: Path, write: bool) -> str:
     """Run one notebook; its name and seconds. Raises CellExecutionError at the first cell that fails."""
-    notebook, started = nbformat.read(path, as_version=4), time.monotonic()
+    started = time.monotonic()
+    notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True)
     client.execute(cwd=FOLDER)
     if write:
@@ -44,18 +45,27 @@ def execute(path: Path, write: bool) -> str:
     return f"{path.name}: {time.monotonic() - started:.0f} s"
 
 
-parser = argparse.ArgumentParser(description="Execute notebooks.")
-parser.add_argument("notebooks", nargs="*", type=Path)
-parser.add_argument("--quick", action="store_true")
-parser.add_argument("--write", action="store_true")
-options = parser.parse_args()
-os.environ["NANO_OPD_QUICK"] = str(int(options.quick))
-os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the kernels
-with ThreadPoolExecutor(2) as pool:  # each notebook computes in one thread of a kernel of its own
-    futures = {pool.submit(execute, p, options.write): p for p in options.notebooks or sorted(FOLDER.glob("*.ipynb"))}
-    for future, path in futures.items():
-        try:
-            print(future.result(), flush=True)
-        except CellExecutionError as error:
-            pool.shutdown(cancel_futures=True)
-            sys.exit(f"{path.name}: {error}")
+def main() -> None:
+    """Execute two notebooks at a time."""
+    parser = argparse.ArgumentParser(description="Execute notebooks.")
+    parser.add_argument("notebooks", nargs="*", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    paths = options.notebooks
+    if not paths:
+        paths = sorted(FOLDER.glob("*.ipynb"))
+    os.environ["NANO_OPD_QUICK"] = "1" if options.quick else "0"
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the kernels
+    with ThreadPoolExecutor(2) as pool:  # each notebook computes in one thread of a kernel of its own
+        futures = {pool.submit(execute, path, options.write): path for path in paths}
+        for future, path in futures.items():
+            try:
+                print(future.result(), flush=True)
+            except CellExecutionError as error:
+                pool.shutdown(cancel_futures=True)
+                sys.exit(f"{path.name}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,8 @@ def paired_p(differences: Sequence[float]) -> float:
     Differences that are all equal have no spread, and t is undefined. If they are 0 the p-value is 1; otherwise it is
     that of the sign test, 2^{1−n}, which needs no spread. One difference has none: NaN. Raises as mean_interval.
     """
-    n, mean = len(differences), mean_interval(differences)[0]
+    n = len(differences)
+    mean, _, _ = mean_interval(differences)
     if n == 1:
         return math.nan
     if max(differences) - min(differences) <= 1e-12:
@@ -32,8 +33,8 @@ def equivalence_p(differences: Sequence[float], margin: float) -> float:
     one_sided = []
     for sign in (-1, 1):
         room = [margin + sign * d for d in differences]  # positive on average, if inside
-        p = paired_p(room) / 2
-        one_sided.append(p if sum(room) > 0 else 1 - p)
+        half = paired_p(room) / 2
+        one_sided.append(half if sum(room) > 0 else 1 - half)
     return max(one_sided)
 
 
@@ -42,8 +43,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     The k-th smallest of m is multiplied by m − k + 1, and none falls below one before it.
     """
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+    m = len(p_values)
+    ascending = sorted(range(m), key=lambda i: p_values[i])
+    corrected = [0.0] * m
+    largest = 0.0
+    for rank, i in enumerate(ascending):
+        largest = max(largest, min(1.0, (m - rank) * p_values[i]))
         corrected[i] = largest
     return corrected
