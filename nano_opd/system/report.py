@@ -111,7 +111,8 @@ def _say_table(run: Run, right: Tensor, right_of_teacher: Tensor) -> None:
         who = "with reference"
     for column, label in measurements:
         say(f"  {label:<24} {start[column]:.3f} → {end[column]:.3f}")
-    say(f"  {'pass@4':<24} {pass_at_k(right > 0, TRIES):.3f} at the end")
+    label = f"pass@{TRIES}"
+    say(f"  {label:<24} {pass_at_k(right > 0, TRIES):.3f} at the end")
     say(f"  {who + ', sampled':<24} {_with_interval(right_of_teacher.mean().item(), number)}")
 
 
