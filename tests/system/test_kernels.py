@@ -37,7 +37,7 @@ can_compile = (
 )
 pytestmark = pytest.mark.skipif(
     not can_compile or torch.cuda.is_available(),
-    reason="needs a CUDA build of torch 2.14 or later, and Triton; where a GPU is, notebooks/check_gpu.py runs them",
+    reason="needs a CUDA build of torch 2.14 or later, and Triton; where a GPU is, lab.check_gpu runs them",
 )
 
 
