@@ -264,13 +264,14 @@ class Progress:
         self.started = time.monotonic()
         self.said = self.started
         self.bar = progress_bar(self.label, self.total)
-        if self.bar.disable:
+        self.hidden = self.bar.disable
+        if self.hidden:
             say(f"{self.label}: {self.total} updates")
         return self
 
     def __exit__(self, error, *_):
         self.bar.close()
-        if self.bar.disable and error is None:
+        if self.hidden and error is None:
             say(f"{self.label}: done after {time.monotonic() - self.started:.0f} s")
 
     def update(self) -> None:
@@ -278,7 +279,7 @@ class Progress:
         self.done += 1
         self.bar.update()
         now = time.monotonic()
-        if self.bar.disable and now - self.said >= SILENCE:
+        if self.hidden and now - self.said >= SILENCE:
             say(f"{self.label}: {self.done} of {self.total} updates after {now - self.started:.0f} s")
             self.said = now
         self.stop.check()

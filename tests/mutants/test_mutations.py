@@ -464,8 +464,8 @@ MUTATIONS = {
         ('if row["experiment"] != experiment]', 'if row["experiment"] == experiment]', "reproduce: not_run_twice"),
         ("if git(", "if not git(", "reproduce: commit_is_named"),
         ("if run.oracle is not None:", "if False:", "reproduce: place_of_the_update"),
-        ("CODE | self.code_of_oracle)", "CODE)", "edited_code: by_other_code"),
-        ("mock.patch.dict(train.CODE, run.code_of_oracle)", "mock.patch.dict({})", "edited_code: by_other_code"),
+        ("CODE | self.code_of_oracle)", "CODE)", "reproduce: by_other_code"),
+        ("mock.patch.dict(train.CODE, run.code_of_oracle)", "mock.patch.dict({})", "reproduce: by_other_code"),
     ],
     "../notebooks/lab/ceiling.py": [
         (".flip(1).cumsum(1).flip(1)", ".cumsum(1)", "ceiling: go_on_as_taught"),
