@@ -500,9 +500,6 @@ def busy(usual: int) -> Rows:
     return list(rows.values())
 
 
-<<<<<<< HEAD
-def busy_run(usual: int, limit: float = 250) -> Rows:
-=======
 def threads_when_ready(process: subprocess.Popen) -> str:
     """Wait until `make_steps` is ready in that process; return its number of threads."""
     for line in process.stdout:  # what --threads auto says comes before
@@ -511,8 +508,7 @@ def threads_when_ready(process: subprocess.Popen) -> str:
     raise RuntimeError("a process that was to be timed ended before it was ready")
 
 
-def busy_run(usual: int, limit: float = 400) -> Rows:
->>>>>>> lessons
+def busy_run(usual: int, limit: float = 250) -> Rows:
     """Seconds of the main command from nothing, beside one busy process, with no end later than `limit`."""
     rows = []
     for asked in dict.fromkeys(("1", "auto", str(usual))):
