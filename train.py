@@ -36,7 +36,9 @@ CODE = sources.digests(__file__)  # so that an edited method does not go on with
 def update(
     cfg: Config, step: int, student: nn.Module, teacher: nn.Module, optimizer: Optimizer, sample
 ) -> dict[str, Tensor | Fraction]:
-    """Update the student on a batch of B responses, once in each of --epochs epochs; return columns of metrics.csv.
+    """Update the student on a batch of B responses, once in each of --epochs epochs.
+
+    Return what the last of them measured, as columns of metrics.csv.
 
     sample  answers prompts: rollout.sample, a faster way to do the same, or sft.solve
 
@@ -52,11 +54,13 @@ def update(
     require_finite("log-prob of a sampled token", rollout.logp)
 
     # score: how likely the teacher finds each token after its own prompt, and whether each answer is right
-    whole_vocabulary = method.whole_vocabulary or cfg.variance != "sampled"  # distributions, or sampled tokens alone
+    whole_vocabulary = method.compares_distributions(cfg.variance)  # or only the sampled tokens
     teacher_logp = None
     teacher_logits = None
     if method.teacher:
-        tokens, prompt_length = opsd.privileged_view(rollout.tokens, rollout.prompt_length, batch.teacher_prompts)
+        tokens, prompt_length = rollout.tokens, rollout.prompt_length
+        if method.teacher == "self":  # it reads a reference where the student reads a blank
+            tokens, prompt_length = opsd.privileged_view(tokens, prompt_length, batch.teacher_prompts)
         with torch.no_grad():
             teacher_logp, teacher_logits = score(teacher, tokens, prompt_length, whole_vocabulary)
     R = rewards(batch.problems, rollout) if method.rewards else None

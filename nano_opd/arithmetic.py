@@ -49,9 +49,12 @@ class Problem(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What joins two operands: a symbol, the rule of one column, and the answer that the verifier asks for."""
+    """What joins two operands: a symbol, the rule of one column, and the answer that the verifier asks for.
 
-    symbol: str
+    The columns go from right to left, as in school: their digits, and the last carry, are the answer.
+    """
+
+    symbol: str  # a character of the tokenizer's ALPHABET
     column: Callable[[int, int, int], tuple[int, int]]  # digits x and y and the carry in → the carry out, and a digit
     answer: Callable[[int, int], int]
     larger_first: bool = False  # a ≥ b, so that no answer of a subtraction is negative
@@ -75,7 +78,8 @@ def subtract_column(x: int, y: int, borrow: int) -> tuple[int, int]:
     return borrows, difference % 10
 
 
-# A new task is one entry here. "mix" draws one of them for each problem.
+# A new task is one entry here, at the end: the split counts them. Numbers are decimal. "mix" draws one of all tasks for
+# each problem, so a new task changes it.
 TASKS = {
     "add": Task(
         symbol="+",

@@ -161,7 +161,8 @@ def _alpha_series(x: Tensor, alpha: float) -> Tensor:
     return f
 
 
-# A new divergence is one entry: its name, and f, f′ and w_f as functions of x = log u.
+# A new divergence is one entry: its name, and f, f′ and w_f as functions of x = log u. It needs a `power` only if it
+# grows like u^α with α > 1 as u → ∞, or with α < 0 as u → 0; u ln u and ln u need none.
 TABLE = [
     Divergence(
         name="reverse_kl",

@@ -42,10 +42,11 @@ def loss(
         teacher_logp = log_probs_within(teacher_logits, mask)  # the same behind the mask, where f(1) = 0
         p_times_f = divergence.weighted_f(student_logp, teacher_logp)  # (B, R, V)
         if stop_gradient:
-            p_times_f = p_times_f.detach()  # drops p ∇f(u) = −u f′(u) ∇p: the whole difference between OPD and OPD+ …
+            # f is a constant here, and p is not: the value is p f, and its gradient f ∇p = p f ∇log p.
+            constant_p_times_f = p_times_f.detach()  # drops p ∇f(u) = −u f′(u) ∇p: all that OPD and OPD+ differ in
             finite = student_logp.clamp(min=-1e30)  # −∞ − (−∞) is NaN
-            p_over_constant_p = (finite - finite.detach()).exp()  # … drops nothing: it is 1, and its gradient is ∇log p
-            p_times_f = p_times_f * p_over_constant_p
+            p_over_constant_p = (finite - finite.detach()).exp()  # drops nothing: it is 1, and its gradient is ∇log p
+            p_times_f = constant_p_times_f * p_over_constant_p
         return p_times_f.sum(-1)  # (B, R)
 
     teacher_logits = teacher_logits.detach()  # drops nothing: the teacher is not trained

@@ -87,7 +87,7 @@ def clipped_surrogate(
         require_same_shape(advantage=advantage, logp=logp[:, 0])
         advantage = advantage.unsqueeze(1)  # (B, 1): one for all tokens of a response
     # With A ≥ 0 a ratio above the clip is never the smaller term. So it is bounded before exp, which could overflow:
-    # behind the minimum its gradient would be 0 · ∞ = NaN.
+    # behind the minimum its gradient would be 0 · ∞ = NaN. The bound is e times the clip, so that the clip still binds.
     bounded = log_ratio.clamp(max=math.log1p(clip_high) + 1)
     ratio = torch.where(advantage < 0, log_ratio, bounded).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)

@@ -5,8 +5,12 @@ rlsd.py) and turns it into a loss (policy_gradient.py, gkd.py). What else it nee
 its function in the table.
 
 A new method is one function here and one entry in METHODS. The entry names the options that the function reads.
-system/config.py has the types and meanings of all options, and a new option is one line there. `--help` and all checks
-follow from the two tables. What a method measures goes into a column of metrics.csv; system/runs.py lists the columns.
+system/config.py has the types and meanings of all options, and a new option is one field there. `--help` and all checks
+follow from the two tables. What a method measures goes into a column of metrics.csv: a scalar, or a Fraction, which is
+a mean over tokens that several processes can add up. A new column is one line of COLUMNS in system/runs.py.
+
+The tests ask for three more lines: a row in the glossary of nano_opd/README.md for a column, and in
+tests/test_methods.py the method's options (KNOBS) and its advantage by hand (`by_hand`).
 """
 
 from collections.abc import Callable
@@ -249,6 +253,10 @@ class Method:
     def reference_slot(self) -> bool:
         """Whether prompts have a slot for a reference: GRPO's too, so that it starts where RLSD does."""
         return self.teacher == "self" or self.rewards
+
+    def compares_distributions(self, variance: str) -> bool:
+        """Return whether the loss needs the logits of the whole vocabulary, under this --variance."""
+        return self.whole_vocabulary or variance != "sampled"
 
 
 # With a reward, or a teacher that is the student itself, training starts where about half of the answers are right, and

@@ -311,3 +311,10 @@ def test_the_added_contrast_is_its_formula():
     A, right, wrong = torch.tensor([1.0]), torch.tensor([[-0.5]]), torch.tensor([[-2.0]])
     got = credit.added_contrast(A, right, wrong, torch.ones(1, 1, dtype=torch.bool), lam=0.5, tau=1.3)
     assert got.item() == pytest.approx(1 + 0.5 * math.tanh(1.5 / 1.3))
+
+
+def test_a_method_that_measures_what_is_no_column_is_told_so_at_its_first_update(tmp_path, monkeypatch):
+    update = train.update
+    monkeypatch.setattr(train, "update", lambda *given: update(*given) | {"bonus": torch.ones(())})
+    with pytest.raises(KeyError, match="bonus: no column of metrics.csv; add it to COLUMNS"):
+        train.main([*TINY, "--out-dir", str(tmp_path)])

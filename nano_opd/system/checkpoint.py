@@ -30,7 +30,9 @@ class WriteError(OSError):
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write what `write` makes to a temporary file, flush it, then rename it: `path` is the old file or the new, whole.
+    """Write a file so that, whatever happens, `path` is the old file or the new one, and whole.
+
+    write  writes the content into a buffer in memory, which then goes to a temporary file, is flushed and renamed
 
     Raises WriteError for a full disk, a missing permission and the like.
     """

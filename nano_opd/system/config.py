@@ -17,7 +17,7 @@ from pathlib import Path
 from nano_opd import arithmetic, divergences
 from nano_opd.checks import did_you_mean
 from nano_opd.gpt import GPTConfig
-from nano_opd.methods import METHODS, Method
+from nano_opd.methods import LOSS_TYPES, METHODS, VARIANCES, Method
 from nano_opd.system import device, distributed, memory
 from nano_opd.system.console import Parser, typed_path
 from nano_opd.tokenizer import VOCAB_SIZE
@@ -114,7 +114,7 @@ class Config:
         "A_n: of the sampled token (sampled); the same minus its exact mean over the vocabulary (baseline); the mean "
         "over the teacher's top k, and the sampled token if it is none of them (topk); the mean over the whole "
         "vocabulary (full)",
-        choices=("sampled", "baseline", "topk", "full"),
+        choices=VARIANCES,
     )
     top_k: int = option(
         DISTILLATION, 4, "k: how many of the teacher's likeliest tokens --variance topk sums over", low=1
@@ -134,7 +134,7 @@ class Config:
         REWARD,
         "grpo",
         "A: (R − mean)/(std + ε) of the group (grpo), or R − mean (dr_grpo)",
-        choices=("grpo", "dr_grpo"),
+        choices=LOSS_TYPES,
     )
     epochs: int = option(
         REWARD, 1, "ρ: updates on each batch, with ratios ρ to the policy that sampled it", low=1, needs=has_rewards

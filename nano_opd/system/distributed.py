@@ -66,9 +66,10 @@ def own_device(device: torch.device) -> torch.device:
 
 @contextlib.contextmanager
 def group(device: torch.device) -> Iterator[None]:
-    """Join the other ranks for the length of a `with`; a NumericalFault on one is raised on all.
+    """Join the other ranks for the length of a `with`.
 
-    Raises RankLost when another rank is gone.
+    A NumericalFault of this rank is sent to the others, which raise it at their next `require_finite`. Only rank 0
+    prints within the `with`. Raises RankLost when another rank is gone.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)

@@ -193,7 +193,7 @@ def write_config(cfg: Config, code: Mapping[str, str]) -> None:
 def recorded_threads(cfg: Config) -> int | None:
     """Return the number of threads of the run that is resumed; None for one that begins.
 
-    A run whose config.json names none was made with the number that PyTorch takes. Raises RunFolderError if --threads
+    If its config.json names none, --threads decides or, without it, PyTorch. Raises RunFolderError if --threads
     gives another number, with which the run would go on to other last bits.
     """
     if not (cfg.run_dir / "checkpoint.pt").exists():

@@ -84,6 +84,11 @@ class Run:
         self.stop = stop
         self.step = 0
         self.rows = []
+        # `resume` fills these in, when the loop begins.
+        self.parts = {}  # what has a state, by name
+        self.started = 0.0  # when the first step of the run began, on the clock of this process
+        self.seconds = 0.0  # from then to the beginning of the step
+        self.watch = None
         self.bar = None
 
     # ---------------------------------------------------------------------------------------------------- warm starts
@@ -130,7 +135,9 @@ class Run:
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def resume(self, **parts: nn.Module | torch.optim.Optimizer) -> int:
-        """Load the run's last checkpoint into its parts; return its step, or 0 where there is none.
+        """Begin the loop: load the run's last checkpoint, if there is one, and return the step to go on from, else 0.
+
+        It also writes config.json, starts the clock and shows the progress bar.
 
         parts  what has a state, by name: from here on, each checkpoint holds it
 
@@ -188,7 +195,15 @@ class Run:
             say(f"step {self.step:5d} {self.seconds:7.1f} s  {shown}")
 
     def log_update(self, measured: dict[str, Tensor | Fraction]) -> None:
-        """Write what an update measured into the row of its step; of several processes, the mean."""
+        """Write what an update measured into the row of its step; of several processes, the mean.
+
+        Raises KeyError for a name that is no column.
+        """
+        unknown = set(measured) - set(COLUMNS)
+        if unknown:
+            raise KeyError(
+                f"{', '.join(sorted(unknown))}: no column of metrics.csv; add it to COLUMNS in system/runs.py"
+            )
         self.rows[-1] |= distributed.mean(measured)
         self.bar.update()
 

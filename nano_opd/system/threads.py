@@ -50,7 +50,7 @@ def chosen(cfg, device: torch.device, recorded: int | None) -> Iterator[None]:
 
 
 def choose(cfg, device: torch.device, recorded: int | None) -> int:
-    """Return the number of threads, and print a line if it is not the number that PyTorch would take.
+    """Return the number of threads. Print a line if --resume or the measurement takes another than PyTorch would.
 
     In this order: what --resume continues, --threads, what the environment says, and what is measured to be fastest.
     Neither several processes, which share the cores, nor a GPU's host are measured.
@@ -98,9 +98,10 @@ def candidates(most: int) -> list[int]:
 def piece_of_work(cfg) -> Callable[[], None]:
     """Return a function that does a part of what the run does: it samples tokens, scores a batch and differentiates.
 
-    The model is of the student's size, and the batch is the run's, or smaller if the model is large. Half of the tokens
-    of a response are sampled for each gradient: an update samples all of them, but two models score. The function has
-    a model and a generator of its own, and leaves the random state as it was.
+    The model is of the student's size, and the batch is the run's, or smaller if the model is large. For each gradient
+    it samples half of a response. An update samples a whole one, but there the teacher scores too, which takes about as
+    long as the gradient; so the proportion is that of an update. The function has a model and a generator of its own,
+    and leaves the random state as it was.
     """
     with torch.random.fork_rng(devices=[]):
         model = GPT(cfg.gpt("student"))

@@ -31,7 +31,7 @@ MUTATIONS = {
         ("A = torch.where(mask, A, 0.0)", "pass", "estimators: term_by_term"),
     ],
     "gkd.py": [
-        ("p_times_f = p_times_f.detach()", "pass", "exact: baseline_and_full"),
+        ("constant_p_times_f = p_times_f.detach()", "constant_p_times_f = p_times_f", "exact: baseline_and_full"),
         ("(finite - finite.detach()).exp()", "1.0", "exact: baseline_and_full"),
         ("teacher_logits.detach()", "teacher_logits", "estimators: teacher_is_not_trained"),
         (
@@ -294,6 +294,7 @@ MUTATIONS = {
         ("optimizer=optimizer, teacher=teacher)", "optimizer=optimizer)", "train: keeps_its_teacher"),
         ("teacher.config.n_embd)", "student.config.n_embd)", "train: precision_is"),
         ("prompt_length, batch.teacher_prompts)", "prompt_length, batch.prompts)", "methods: self_teacher"),
+        ('if method.teacher == "self":', "if False:", "methods: self_teacher"),
         ('cfg.grad_clip or float("inf")', 'float("inf")', "methods: shortened"),
         ("4 * cfg.eval_size, held_out=True", "4 * cfg.eval_size", "methods: held_out"),
         ('own("rollout"), step, device)', 'own("rollout"), 0, device)', "train: other_problems"),
