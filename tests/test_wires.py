@@ -318,3 +318,17 @@ def test_a_method_that_measures_what_is_no_column_is_told_so_at_its_first_update
     monkeypatch.setattr(train, "update", lambda *given: update(*given) | {"bonus": torch.ones(())})
     with pytest.raises(KeyError, match="bonus: no column of metrics.csv; add it to COLUMNS"):
         train.main([*TINY, "--out-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("method", ["sft", "opdplus"])
+def test_only_supervised_training_copies_worked_solutions(method, tmp_path, monkeypatch):
+    solved = []
+    solve = sft.solve
+
+    def noted(*given):
+        solved.append(given)
+        return solve(*given)
+
+    monkeypatch.setattr(sft, "solve", noted)
+    train.main([*TINY, "--method", method, "--steps", "3", "--out-dir", str(tmp_path)])
+    assert len(solved) == (3 if method == "sft" else 0)

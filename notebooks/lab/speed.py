@@ -508,7 +508,7 @@ def threads_when_ready(process: subprocess.Popen) -> str:
     raise RuntimeError("a process that was to be timed ended before it was ready")
 
 
-def busy_run(usual: int, limit: float = 250) -> Rows:
+def busy_run(usual: int, limit: float = 200) -> Rows:
     """Seconds of the main command from nothing, beside one busy process, with no end later than `limit`."""
     rows = []
     for asked in dict.fromkeys(("1", "auto", str(usual))):

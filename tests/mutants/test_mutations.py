@@ -300,7 +300,7 @@ MUTATIONS = {
         ('own("rollout"), step, device)', 'own("rollout"), 0, device)', "train: other_problems"),
         ('distributed.own("rollout")', '"rollout"', "wires: every_rank"),
         ("student_logits=student_logits,", "student_logits=teacher_logits,", "methods: distillation"),
-        ("if METHODS[cfg.method].samples else", "if True else", "train: every_method"),
+        ("if METHODS[cfg.method].samples else", "if True else", "wires: copies_worked"),
         (
             "replicate(compiled(cfg.compile, student))",
             "replicate(compiled(cfg.compile, teacher))",

@@ -141,7 +141,7 @@ def work_on_a_run(out_dir, event, *arguments):
     def eventful(cfg, step, student, teacher, optimizer, sample):
         if step == int(at or 7) and distributed.rank() == 1:
             if event == "fault":
-                METHODS["opdplus"] = dataclasses.replace(method, loss=broken_loss)
+                METHODS["opdplus"] = dataclasses.replace(method, loss=broken_loss, options=())
             elif event == "early fault":  # before it comes to the forward that the others are in
                 sample = broken_sample
             elif event:
