@@ -22,9 +22,9 @@ What each printed line means:
 
     verdict         the answer in one sentence
     change          what to do about it
-    batch           whether your loss treats each response alone, or couples the responses of a batch (whitening, a token
-                    mean). A coupled loss gets one batch of 4096 responses in which each response is as frequent as it
-                    is probable. This is exactly the limit of a very large batch. "In batches of two" is exact too.
+    batch           whether your loss treats each response alone, or couples the responses of a batch (whitening, a
+                    token mean). A coupled loss gets one batch of 4096 responses, in which each response is as frequent
+                    as it is probable. This is the limit of a very large batch. "In batches of two" is exact too.
     divergence ...  for each divergence: the cosine between your average gradient and its gradient; the relative error
                     as it is ("bias"); the error after the best positive factor ("at best scale"), and that factor.
                     "each prefix" is the divergence at each prefix, where the prefixes are held fixed. "whole return" is
@@ -36,8 +36,8 @@ What each printed line means:
     gradient        whether the average update can be the gradient of anything: asymmetry of its Jacobian in the logits
                     of one prefix, and the work around closed loops. Both are 0 for a gradient.
     older samples   the same average if an older policy sampled; with old_logp, and as if every ratio were 1
-    noise           the variance of one response's gradient over the squared average gradient; beside it that of OPD+ for
-                    the nearest divergence, which pays each token the detached w_f(u) = −f(u) + u f′(u)
+    noise           the variance of one response's gradient over the squared average gradient; beside it that of OPD+
+                    for the nearest divergence, which pays each token the detached w_f(u) = −f(u) + u f′(u)
 
 `python is_my_loss_right.py` runs it on three losses.
 """
@@ -67,7 +67,7 @@ LATTICE = 16000  # copies of one-token responses in the batch of a coupled loss
 
 @dataclass(frozen=True)
 class Divergence:
-    """D_f(teacher ‖ student) = E_student[f(u)] with u = teacher's / student's probability, as functions of x = log u."""
+    """D_f(teacher ‖ student) = E_student[f(u)], u = teacher's / student's probability, as functions of x = log u."""
 
     name: str
     f: Callable[[Tensor], Tensor]
@@ -154,7 +154,7 @@ def enumerate_responses(horizon: int) -> tuple[Tensor, Tensor]:
 
 
 def number_prefixes(tokens: Tensor) -> Tensor:
-    """Return the number (S, R) of the prefix before each token: 0 is the empty prefix, s·V + 1 + v is s followed by v."""
+    """Return the number (S, R) of the prefix before each token: 0 is the empty one, s·V + 1 + v is s followed by v."""
     rows = [torch.zeros_like(tokens[:, 0])]
     for n in range(tokens.shape[1] - 1):
         rows.append(rows[-1] * VOCABULARY + 1 + tokens[:, n])
@@ -196,7 +196,7 @@ def prefix_visits(world: World, probability: Tensor) -> Tensor:
     return add_to_prefixes(world, probability.unsqueeze(1) * world.mask)
 
 
-# ------------------------------------------------------------------------------------- the expected gradient of the loss
+# ------------------------------------------------------------------------------------ the expected gradient of the loss
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def accepts_old_logp(loss: Callable) -> bool:
 def gradient_in_logits(
     loss: Callable, student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor, old: Tensor, feed: Feed = PLAIN
 ) -> Tensor:
-    """Return the gradient of the loss in the student's logits, (B, R, V), from log-probs (B, R, V) of three policies."""
+    """Return the gradient of the loss in the student's logits, (B, R, V), from the log-probs of three policies."""
     logits = student.detach().clone().requires_grad_()
     student_logp = (logits * feed.student_temperature).log_softmax(-1)
     teacher_logp = (teacher * feed.teacher_temperature).log_softmax(-1).roll(feed.teacher_shift, dims=1)
@@ -256,10 +256,13 @@ def same(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
 def how_it_batches(loss: Callable, world: World) -> str:
     """Return "mean" or "sum" if each response counts alone, and "coupled" if the others change its gradient.
 
-    Raises ValueError if two equal calls differ (the loss draws random numbers), or if the order of the responses matters.
+    Raises ValueError if the gradient is not finite, if two equal calls differ (the loss draws random numbers), or if
+    the order of the responses matters.
     """
     everything = torch.arange(len(world.tokens))
     together = batch_gradient(loss, world, everything)
+    if not together.isfinite().all():
+        raise ValueError("the gradient is NaN or infinite on ordinary inputs: look for exp or log of a masked position")
     if not same(together, batch_gradient(loss, world, everything)):
         raise ValueError("two calls with the same batch differ: give the loss a fixed random generator, or none")
     try:
@@ -297,7 +300,7 @@ def response_gradients(
 
 
 def expected_gradient(world: World, gradients: Tensor, sampler: Tensor | None = None) -> Tensor:
-    """Return the average gradient (prefixes, V) of the loss if the sampler, or else the student, draws the responses."""
+    """Return the average gradient (prefixes, V) if the sampler, or else the student, draws the responses."""
     probability = response_probabilities(world, world.student if sampler is None else sampler)
     return add_to_prefixes(world, probability[:, None, None] * gradients)
 
@@ -527,7 +530,7 @@ def loop_work(loss: Callable, how: str) -> float:
 
 @dataclass(frozen=True)
 class Pay:
-    """What the loss pays a token with probability ratio u, beyond a token with u = 1 at the same prefix."""
+    """What the loss pays a token with probability ratio u, beyond a token with u ≈ 1 at the same prefix."""
 
     log_u: Tensor  # (N,)
     curve: Tensor  # (N,)
@@ -548,7 +551,8 @@ class Pay:
 
 def measure_pay(loss: Callable, how: str) -> Pay:
     """Return what the loss pays a token as a function of u, measured in one-token responses."""
-    log_u = torch.linspace(-4, 4, 82, dtype=torch.float64)  # 0 is not among them: |u − 1| has no slope there
+    log_u = torch.linspace(-4, 4, 82, dtype=torch.float64)
+    near_one = 1.02  # u of the token that it is compared with: not 1, where |u − 1| has no slope
     curves = []
     for mass, rest in ((0.25, (0.5, 0.3, 0.2)), (0.15, (0.2, 0.2, 0.6))):
         students = []
@@ -557,7 +561,8 @@ def measure_pay(loss: Callable, how: str) -> Pay:
             p = round(mass * min(1.0, math.exp(-x)) * LATTICE) / LATTICE
             q = p * math.exp(x)
             students.append([p, mass] + [(1 - mass - p) * share for share in rest])
-            teachers.append([q, mass] + [(1 - mass - q) * share for share in reversed(rest)])
+            of_other = near_one * mass
+            teachers.append([q, of_other] + [(1 - of_other - q) * share for share in reversed(rest)])
         student = torch.tensor(students, dtype=torch.float64)
         if how == "coupled":
             student = (student * LATTICE).round() / LATTICE
@@ -735,7 +740,7 @@ def explain_exact(measured: Measured) -> Finding | None:
             f"In a large batch it has exactly the direction of {objective}. The divisor is the number of tokens in the "
             "batch, so the factor is 1 / mean length."
         )
-        change = "Divide by the number of responses B: in small batches a token mean is biased, and it falls with the length."
+        change = "Divide by the number of responses B: in small batches a token mean is biased."
         return Finding(FACTOR, sentence, change, fit.name, fit.kind, ["token mean"])
     low, high = min(fit.scales), max(fit.scales)
     sentence = (
@@ -854,7 +859,7 @@ def mistaken_advantages(world: World, divergence: Divergence) -> dict[str, Tenso
 
 MISTAKES = {
     "stop-gradient": "pays −f(u) of {name} with the gradient stopped (OPD), which drops the term u f′(u)",
-    "f attached": "multiplies log p by an f(u) of {name} that is not detached (or the reward −f(u)): a forgotten detach",
+    "f attached": "multiplies log p by an f(u) of {name} (or a reward −f(u)) that is not detached: a forgotten detach",
     "f as a loss": "differentiates f(u) of {name} at the sampled token, which drops that the student samples",
     "stop-gradient return": "pays the later −f(u) of {name} with the gradient stopped, without the own token's u f′(u)",
     "w_f summed": "sums w_f of {name} over the later tokens; only −f may be summed, the correction is the own token's",
@@ -911,7 +916,7 @@ def explain_discount(measured: Measured) -> Finding | None:
 
 
 def explain_lengths(measured: Measured) -> Finding | None:
-    """Return a Finding if only a division of each response by its own length stands between the loss and an objective."""
+    """Return a Finding if the loss is explained once each response is multiplied by its own length."""
     repaired = measured.times_length()
     nothing = explain_nothing(repaired)
     if nothing:
@@ -920,8 +925,8 @@ def explain_lengths(measured: Measured) -> Finding | None:
     found = explain_exact(repaired)
     if found and found.status in (RIGHT, FACTOR):
         sentence = (
-            f"Each response is divided by its own length; without that it is exactly {found.divergence}. The sampled EOS "
-            "decides the divisor, so constants in the pay no longer cancel and the direction is biased."
+            f"Each response is divided by its own length; without that it is exactly {found.divergence}. The sampled "
+            "EOS decides the divisor, so constants in the pay no longer cancel and the direction is biased."
         )
         change = "Divide the sum over all tokens by the number of responses B, or by any constant."
         return Finding(WRONG, sentence, change, found.divergence, found.kind, ["length"])
@@ -986,7 +991,7 @@ def feed_at(side: str, temperature: float) -> Feed:
 
 
 def explain_temperature(measured: Measured, loss: Callable, how: str) -> Finding | None:
-    """Return a Finding if the loss is right once the logits of one side, or of both, are multiplied by a temperature."""
+    """Return a Finding if the loss is right once the logits of one side, or of both, are multiplied by a number."""
     first = replace(measured, worlds=measured.worlds[:1], gradients=measured.gradients[:1])
 
     def error_of(divergence: Divergence, side: str, temperature: float) -> float:
@@ -1077,7 +1082,7 @@ class Report:
     finding: Finding
     fits: list[Fit]  # the nearest first
     how: str
-    pairs: Fit | None  # in batches of two, for a coupled loss
+    pairs: Fit | None  # in batches of two, for a coupled loss, if it is always finite
     tail_share: float  # of the gradient's length that lies behind the EOS
     eos_trained: bool
     at_teacher: AtTeacher | None
@@ -1122,7 +1127,7 @@ def report_lines(report: Report) -> list[str]:
             lines.append(f"{label:42}{fit.cosine:8.3f}{fit.bias:10.2g}{fit.distance:15.2g}{fit.scale:10.3g}")
     lines += [
         f"positions       {positions_line(report)}",
-        f"at the teacher  {report.at_teacher or 'not measured: the loss is not finite for responses of one token there'}",
+        f"at the teacher  {report.at_teacher or NOT_MEASURED}",
         f"pay             {pay_line(report.pay)}",
         f"gradient        {gradient_line(report)}",
     ]
@@ -1135,6 +1140,9 @@ def report_lines(report: Report) -> list[str]:
     return lines
 
 
+NOT_MEASURED = "not measured: the loss fails or is not finite for responses of one token"
+
+
 def batch_line(report: Report) -> str:
     if report.how == "mean":
         return "each response counts alone, and the loss is a mean over the batch"
@@ -1142,8 +1150,8 @@ def batch_line(report: Report) -> str:
         return "each response counts alone, and the loss is a sum over the batch: the step grows with the batch"
     line = "the responses are coupled; measured in the limit of a very large batch"
     if report.pairs:
-        line += f". In batches of two: cosine {report.pairs.cosine:.3f}, off by {report.pairs.distance:.2g}"
-    return line
+        return line + f". In batches of two: cosine {report.pairs.cosine:.3f}, off by {report.pairs.distance:.2g}"
+    return line + ". In batches of two its gradient is sometimes not finite"
 
 
 def positions_line(report: Report) -> str:
@@ -1156,7 +1164,7 @@ def positions_line(report: Report) -> str:
 
 def pay_line(pay: Pay | None) -> str:
     if pay is None:
-        return "not measured: the loss fails or is not finite for responses of one token"
+        return NOT_MEASURED
     if not pay.of_u_alone:
         return "depends on more than u"
     falls = pay.falls()
@@ -1168,7 +1176,7 @@ def pay_line(pay: Pay | None) -> str:
 
 def gradient_line(report: Report) -> str:
     if report.asymmetry is None:
-        return "not measured: the loss fails or is not finite for responses of one token"
+        return NOT_MEASURED
     line = f"asymmetry {report.asymmetry:.1g}"
     if report.work is not None:
         line += f", work around a loop {report.work:.1g}"
@@ -1243,10 +1251,8 @@ def trains_eos(measured: Measured) -> bool:
 
 
 def measure_all(loss: Callable, worlds: list[World], how: str) -> Measured:
-    """Return the loss's gradients in all worlds, and the gradients of the divergences. ValueError if one is not finite."""
+    """Return the loss's gradients in all worlds, and the gradients of the divergences."""
     gradients = [response_gradients(loss, world, how) for world in worlds]
-    if not all(gradient.isfinite().all() for gradient in gradients):
-        raise ValueError("the gradient is NaN or infinite on ordinary inputs: look for exp or log of a masked position")
     targets = {d.name: [divergence_gradients(world, d) for world in worlds] for d in DIVERGENCES}
     return Measured(worlds, gradients, targets)
 
@@ -1298,7 +1304,9 @@ def check(loss: Callable, meant: str | None = None) -> Report:
     if how == "coupled":
         small = make_world(SEEDS[0], horizon=2)
         target = divergence_gradients(small, nearest)[kind]
-        pairs = compare(nearest.name, kind, [gradient_of_pairs(loss, small)], [target])
+        of_pairs = gradient_of_pairs(loss, small)
+        if of_pairs.isfinite().all():
+            pairs = compare(nearest.name, kind, [of_pairs], [target])
     older = {"without a ratio": older_samples(loss, how, measured, use_ratio=False)}
     if accepts_old_logp(loss):
         older["with your ratio"] = older_samples(loss, how, measured, use_ratio=True)
@@ -1362,7 +1370,7 @@ def from_shifting_labels(loss: Callable) -> Callable:
 
 
 def from_token_mean(loss: Callable) -> Callable:
-    """Adapt a loss that is a mean over all tokens of the batch: undo its divisor, to see what is right apart from it."""
+    """Adapt a loss that is a mean over all tokens of the batch: undo its divisor, to see what else there is."""
 
     def adapted(student_logp, teacher_logp, tokens, mask):
         return loss(student_logp, teacher_logp, tokens, mask) * mask.sum() / len(mask)

@@ -209,8 +209,7 @@ def test_opd_plus_is_right_under_every_divergence(name):
     assert report.pay.of_u_alone and not report.pay.falls()
     assert report.asymmetry < 1e-3 and report.work < 0.01
     assert report.at_teacher.pulled == 4
-    # The file's own w_f may differ by a constant, which moves the noise and not the mean; Neyman's and TV's do not.
-    assert report.noise > 0 and report.noise_of_opd_plus > 0
+    assert report.noise == pytest.approx(report.noise_of_opd_plus)  # its w_f has the package's constant
 
 
 # −f = w_f + a positive multiple of forward KL's w plus …: PAPERS' "law". It is a divergence only for reverse KL.
@@ -386,8 +385,8 @@ def trl_jsd(beta, temperature=1.0, top_k=None, add_tail=False):
     return from_labels(loss)
 
 
-# Σ over the vocabulary, so exact at each prefix. The divisor is the number of tokens of the batch, which in a large batch
-# is B times the mean length, a constant: right up to that factor. Undone by from_token_mean, the factor is 1.
+# Σ over the vocabulary, so exact at each prefix. The divisor is the number of tokens of the batch, in a large batch B
+# times the mean length, a constant: right up to that factor. Undone by from_token_mean, the factor is 1.
 @pytest.mark.parametrize("beta, name", [(0, "forward KL"), (0.5, "Jensen–Shannon"), (1, "reverse KL")])
 def test_trls_generalised_jsd(beta, name):
     report = check(trl_jsd(beta))
@@ -458,7 +457,7 @@ def test_a_state_only_top_k_kl_as_an_advantage_teaches_nothing():
     assert check(loss).status == NOTHING
 
 
-# --------------------------------------------------------------------------------------------------- divisors, whitening
+# -------------------------------------------------------------------------------------------------- divisors, whitening
 
 
 def test_a_division_by_each_length_reweights_a_full_sum():
@@ -492,20 +491,20 @@ def test_a_token_mean_is_right_in_a_large_batch_and_biased_in_small_ones():
     assert report.pairs.distance > 1e-3
 
 
-def whitening(advantage):
+def whitening(advantage, epsilon=1e-6):
     """(A − mean) / std over the tokens of the batch."""
 
     def loss(p, q, tokens, mask):
         logp, x = ratio(p, q, tokens)
         A = advantage(x).detach()
-        A = (A - A[mask].mean()) / A[mask].std()
+        A = (A - A[mask].mean()) / (A[mask].std() + epsilon)
         return per_response(-A * logp, mask)
 
     return loss
 
 
-# In a large batch mean and std are constants: the first has no effect, the second is a factor of the batch. So w_f stays
-# right, and −f stays wrong, but for reverse KL. In batches of two the own token is in mean and std: biased.
+# In a large batch mean and std are constants: the first has no effect, the second is a factor of the batch. So w_f
+# stays right, and −f stays wrong, except for reverse KL. In batches of two the own token is in mean and std: biased.
 def test_whitening_keeps_w_f_right_up_to_a_factor_of_the_batch():
     report = check(whitening(d("jsd").unbiased))
     assert (report.status, report.divergence, report.causes) == (FACTOR, "Jensen–Shannon", ["factor of the batch"])
@@ -513,12 +512,19 @@ def test_whitening_keeps_w_f_right_up_to_a_factor_of_the_batch():
     assert check(whitening(d("reverse_kl").stop_gradient)).divergence == "reverse KL"
 
 
+def test_whitening_without_an_epsilon_is_not_finite_where_two_responses_are_one_token_each():
+    """Two times the EOS alone: A = mean and std = 0."""
+    report = check(whitening(d("jsd").unbiased, epsilon=0.0))
+    assert report.causes == ["factor of the batch"] and report.pairs is None
+    assert "In batches of two its gradient is sometimes not finite" in str(report)
+
+
 def test_whitening_does_not_mend_opd():
     report = check(whitening(d("jsd").stop_gradient))
     assert (report.status, report.divergence, report.causes) == (WRONG, "Jensen–Shannon", ["stop-gradient"])
 
 
-# -------------------------------------------------------------------------------------------------- masks, shifts, scales
+# ------------------------------------------------------------------------------------------------- masks, shifts, scales
 
 
 def test_the_eos_masked_out_is_found():
