@@ -22,6 +22,7 @@ from is_my_loss_right import (
     OTHER,
     REWEIGHTED,
     RIGHT,
+    ROUNDED,
     WRONG,
     at_tokens,
     check,
@@ -246,14 +247,14 @@ def test_a_forgotten_detach_is_found(name):
 def test_a_forgotten_detach_under_reverse_kl_has_no_u_f_prime_to_be_right_by():
     """f = −x = log p − log q: ∇(f log p) = (f + log p) ∇log p. A = log q − 2 log p: KL(p‖q) minus the entropy... of p,
     since −log p pays the entropy: ∇H = −E[log p ∇log p]. So it is 1 × reverse KL − 1 × entropy as a loss: the student
-    is also rewarded for entropy. That is a sum people want, and it is named as one."""
+    is also rewarded for entropy. That is a sum people may want, so it is named and not called wrong."""
 
     def loss(p, q, tokens, mask):
         logp, x = ratio(p, q, tokens)
         return per_response(-x * logp, mask)
 
     report = check(loss)
-    assert report.status == OTHER and report.causes == ["sum"]
+    assert report.status == OTHER and report.causes == ["entropy"]
     assert "1 reverse KL − 1 the student's entropy" in report.finding.sentence
 
 
@@ -524,7 +525,7 @@ def test_whitening_does_not_mend_opd():
     assert (report.status, report.divergence, report.causes) == (WRONG, "Jensen–Shannon", ["stop-gradient"])
 
 
-# ------------------------------------------------------------------------------------------------- masks, shifts, scales
+# ------------------------------------------------------------------------------------------------ masks, shifts, scales
 
 
 def test_the_eos_masked_out_is_found():
@@ -715,3 +716,150 @@ def test_float32_inside_the_loss_is_still_exact():
     loss = paying(d("jsd").unbiased)
     report = check(lambda p, q, tokens, mask: loss(p.float(), q.float(), tokens, mask))
     assert (report.status, report.divergence) == (RIGHT, "Jensen–Shannon")
+
+
+def test_bfloat16_inside_the_loss_is_told_apart_from_wrong():
+    loss = paying(d("reverse_kl").unbiased)
+    report = check(lambda p, q, tokens, mask: loss(p.bfloat16(), q.bfloat16(), tokens, mask))
+    assert (report.status, report.divergence, report.causes) == (ROUNDED, "reverse KL", ["low precision"])
+    assert report.how == "mean"
+
+
+# ------------------------------------------------------------------------------------------------ twenty losses at once
+
+
+def full_reverse_kl(p, q):
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def exact_baseline(p, q, tokens, mask):
+    logp, x = ratio(p, q, tokens)
+    baseline = -full_reverse_kl(p, q)
+    return per_response(-(x - baseline).detach() * logp, mask)
+
+
+def kl_div_batchmean(p, q, tokens, mask):
+    return F.kl_div(p.flatten(0, 1), q.flatten(0, 1), reduction="batchmean", log_target=True)
+
+
+def kl_div_mean(p, q, tokens, mask):
+    return (F.kl_div(p, q, reduction="none", log_target=True) * mask.unsqueeze(-1)).mean()
+
+
+def absolute_discount(p, q, tokens, mask):
+    logp, x = ratio(p, q, tokens)
+    discount = 0.9 ** torch.arange(tokens.shape[1])
+    return per_response(-discount * d("jsd").unbiased(x).detach() * logp, mask)
+
+
+def teachers_logp_as_reward(p, q, tokens, mask):
+    return per_response(-at_tokens(q, tokens) * at_tokens(p, tokens), mask)
+
+
+def teachers_probability_as_reward(p, q, tokens, mask):
+    return per_response(-at_tokens(q, tokens).exp() * at_tokens(p, tokens), mask)
+
+
+def power(p, q, tokens, mask):
+    return per_response(
+        -(at_tokens(q, tokens).exp() - at_tokens(p, tokens).exp()).detach() * at_tokens(p, tokens), mask
+    )
+
+
+def hard_label(p, q, tokens, mask):
+    return per_response(-at_tokens(p, q.argmax(-1)), mask)
+
+
+def ppo(p, q, tokens, mask, old_logp=None):
+    logp, x = ratio(p, q, tokens)
+    A = d("jsd").unbiased(x).detach()
+    rho = (logp - old_logp).exp()
+    return per_response(-torch.min(rho * A, rho.clamp(0.8, 1.2) * A), mask)
+
+
+def whole_response_k1(p, q, tokens, mask):
+    logp, x = ratio(p, q, tokens)
+    return per_response(-torch.where(mask, x, 0.0).sum(1, keepdim=True).detach() * logp, mask)
+
+
+def whitened_responses(p, q, tokens, mask):
+    logp, x = ratio(p, q, tokens)
+    reward = torch.where(mask, x, 0.0).sum(1, keepdim=True).detach()
+    return per_response(-(reward - reward.mean()) / (reward.std() + 1e-6) * logp, mask)
+
+
+def where_the_teacher_is_unsure(p, q, tokens, mask):
+    entropy = -(q.exp() * q).sum(-1)
+    return per_response((entropy > 1.2) * full_reverse_kl(p, q), mask)
+
+
+def weights_detached(p, q, tokens, mask):
+    return per_response((p.exp().detach() * (p - q)).sum(-1), mask)
+
+
+def smoothed_teacher(p, q, tokens, mask):
+    return over_the_vocabulary(d("forward_kl"))(p, (0.9 * q.exp() + 0.02).log(), tokens, mask)
+
+
+def batch_mean_as_baseline(p, q, tokens, mask):
+    logp, x = ratio(p, q, tokens)
+    A = d("jsd").unbiased(x).detach()
+    return per_response(-(A - A[mask].mean()) * logp, mask)
+
+
+def two_divergences(p, q, tokens, mask):
+    return 0.5 * over_the_vocabulary(d("forward_kl"))(p, q, tokens, mask) + paying(lambda x: x)(p, q, tokens, mask)
+
+
+@pytest.mark.parametrize(
+    "loss, status, divergence, causes",
+    [
+        # tanh x and clip(x, ±1) never fall: h″ = A′/u ≥ 0, so each is a divergence of its own, and none of the list.
+        (paying(torch.tanh), OTHER, None, ["own"]),
+        (paying(lambda x: x.clamp(-1, 1)), OTHER, None, ["own"]),
+        # q − p is −∇ of ½ Σ (p − q)² : p_v (A_v − E A) = Σ ∇p_v (q_v − p_v). Lowest at the teacher, no function of u.
+        (power, OTHER, None, ["own"]),
+        # The likeliest token of the teacher at probability 1 is not the teacher; nor is the argmax of E_p[q].
+        (hard_label, WRONG, None, ["unknown"]),
+        (teachers_probability_as_reward, WRONG, None, ["unknown"]),
+        # E_p[log q] = −KL(p‖q) − H(p): the loss is KL + H.
+        (teachers_logp_as_reward, WRONG, "reverse KL", ["entropy"]),
+        # KL(0.9 q + 0.1/5 ‖ p): a teacher that is not the teacher.
+        (smoothed_teacher, WRONG, "forward KL", ["unknown"]),
+        # A baseline of the prefix changes no average.
+        (exact_baseline, RIGHT, "reverse KL", []),
+        # "batchmean" divides by the first dimension, B·R, a constant: 1/3; nothing is masked.
+        (kl_div_batchmean, WRONG, "forward KL", ["factor", "padding"]),
+        # .mean() divides by B·R·V: 1/15.
+        (kl_div_mean, FACTOR, "forward KL", ["factor"]),
+        # γ^t A_t scales the prefixes of position t.
+        (absolute_discount, REWEIGHTED, "Jensen–Shannon", ["position"]),
+        # A gate of the teacher's entropy is a weight of the prefix, 0 or 1.
+        (where_the_teacher_is_unsure, REWEIGHTED, "reverse KL", ["weights"]),
+        # On fresh samples the ratio is 1 and inside the clip: −A ∇log p.
+        (ppo, RIGHT, "Jensen–Shannon", []),
+        # Σ over the whole response instead of what is still to come: what came before has the average 0 with ∇log p_n.
+        (whole_response_k1, RIGHT, "reverse KL", []),
+        # The same less a constant and over the std of the batch.
+        (whitened_responses, FACTOR, "reverse KL", ["factor of the batch"]),
+        # Σ sg(p) ∇log p = 0.
+        (weights_detached, NOTHING, "", ["no gradient"]),
+        # In a large batch a constant.
+        (batch_mean_as_baseline, RIGHT, "Jensen–Shannon", []),
+        (two_divergences, OTHER, "reverse KL", ["sum"]),
+        # |x| as a loss: A = u · sign(x)/u = sign x = 2 w of total variation.
+        (differentiating(torch.abs), FACTOR, "total variation", ["factor"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_losses_of_another_kind(loss, status, divergence, causes):
+    report = check(loss)
+    assert (report.status, report.causes) == (status, causes)
+    assert divergence is None or report.divergence == divergence
+
+
+def test_what_the_verdict_says_of_the_teacher_and_of_gradients():
+    """q as a reward pays the student for leaving the teacher. A factor of the batch makes a direction no gradient."""
+    assert "driven away" in check(teachers_probability_as_reward).finding.sentence
+    assert "its factor changes with the student" in str(check(whitened_responses))
+    assert "at one prefix it is one" in str(check(teachers_logp_as_reward))
