@@ -60,7 +60,7 @@ SIXTEENTHS = torch.tensor([1, 2, 3, 4, 6])
 OLDER_SIXTEENTHS = torch.tensor([2, 1, 4, 3, 6])
 SEEDS = (0, 1, 2)  # one small world each: what holds in one world by chance does not hold in three
 EXACT = 1e-5  # relative error below which two gradients are the same; float32 stays below it
-LATTICE = 16000  # copies of one-token responses in the batch of a coupled loss
+LATTICE = 4000  # copies of one-token responses in the batch of a coupled loss, a multiple of 16
 
 # ------------------------------------------------------------------------------------------------------ the divergences
 
@@ -500,7 +500,7 @@ def update_jacobian(loss: Callable, how: str, student: Tensor, teacher: Tensor) 
 
     The update F does the work F·dz = Σ (F_i/p_i − F_V/p_V) dp_i. It is a gradient if and only if this is symmetric.
     """
-    step = 10 / LATTICE
+    step = 2 / LATTICE
     moves = torch.zeros(VOCABULARY - 1, VOCABULARY, dtype=torch.float64)
     for i in range(VOCABULARY - 1):
         moves[i, i] = step
