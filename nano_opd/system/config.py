@@ -60,14 +60,17 @@ def option(
 
 
 def has_reference_slot(method: Method) -> bool:
+    """Whether the prompts of a method have a slot for a reference."""
     return method.reference_slot
 
 
 def has_rewards(method: Method) -> bool:
+    """Whether a verifier judges the responses of a method."""
     return method.rewards
 
 
 def has_self_teacher(method: Method) -> bool:
+    """Whether the student is its own teacher."""
     return method.teacher == "self"
 
 
@@ -356,6 +359,7 @@ def check_value(field: dataclasses.Field, value) -> None:
 
 
 def check_type(field: dataclasses.Field, value) -> None:
+    """Refuse a value of another type than the option has."""
     if not has_type(value, field.type):
         raise ValueError(f"{flag_of(field.name)} {str(value)[:20]}: must be {WORDS[field.type]}")
 
@@ -370,6 +374,7 @@ def has_type(value, kind: type) -> bool:
 
 
 def check_choice(field: dataclasses.Field, value) -> None:
+    """Refuse a value that is no choice of the option."""
     choices = field.metadata["choices"]
     if choices and value not in choices:
         hint = did_you_mean(str(value), choices)
@@ -377,6 +382,7 @@ def check_choice(field: dataclasses.Field, value) -> None:
 
 
 def check_range(field: dataclasses.Field, value) -> None:
+    """Refuse a number outside the option's range."""
     low = field.metadata["low"]
     high = field.metadata["high"]
     if low is None:
@@ -418,6 +424,7 @@ def check_is_read(cfg: Config, field: dataclasses.Field) -> None:
 
 
 def check_threads(cfg: Config) -> None:
+    """Refuse a number of threads that is neither auto nor a whole number from 1 on."""
     if cfg.threads == "auto":
         return
     if not cfg.threads.isdecimal() or int(cfg.threads) < 1:
@@ -425,11 +432,13 @@ def check_threads(cfg: Config) -> None:
 
 
 def check_digits(cfg: Config) -> None:
+    """Refuse problems of a single column: then no held-out problem is ever taught."""
     if cfg.digits == 1:
         raise ValueError("--digits 1: a problem is one column, so no held-out one is ever taught; give 2 or more")
 
 
 def check_top_k(cfg: Config) -> None:
+    """Refuse a k that no variance reads."""
     if cfg.top_k != Config.top_k and cfg.variance != "topk":
         raise ValueError(f"--top-k {cfg.top_k}: only --variance topk reads it")
 
@@ -458,11 +467,13 @@ def check_batch_size(cfg: Config) -> None:
 
 
 def check_normalize(cfg: Config) -> None:
+    """Refuse a divisor that no process knows."""
     if distributed.world_size() > 1 and cfg.normalize == "token_mean":
         raise ValueError("--normalize token_mean: no process knows the tokens of all: use batch or sequence_mean")
 
 
 def check_reference(cfg: Config) -> None:
+    """Refuse to shuffle the references of a single group."""
     if cfg.reference == "shuffled" and cfg.batch_size < 2 * distributed.world_size() * cfg.group_size:
         raise ValueError("--reference shuffled: needs two groups or more of --batch-size in each process")
 
@@ -493,6 +504,7 @@ def check_machine(cfg: Config) -> None:
 
 
 def check_cores(cfg: Config) -> None:
+    """Refuse more threads than the machine has cores."""
     cores = os.cpu_count()
     if cores is None:  # the system does not say
         cores = 1
