@@ -100,8 +100,9 @@ class Verdict:
         if self.clip is not None:
             findings.append((True, self._clipping()))
         if self.flat is not None:
-            rest = f"A does not change for u {range_in_words(*self.flat)}: students rest there, short of the teacher"
-            findings.append((False, f"{rest}."))
+            low, high = self.flat
+            between = range_in_words(low, high)
+            findings.append((False, f"A does not change for u {between}: students rest there, short of the teacher."))
         findings.append((self.rests, f"A student that is the teacher moves by {self.at_teacher:.2g}."))
         findings.append((self.arrive == len(STUDENTS), self._where_it_leads()))
         if self.cornered:
@@ -119,18 +120,21 @@ class Verdict:
         return f"The expected update is the gradient of nothing ({measured})."
 
     def _shape(self) -> str:
+        if self.generator is None and self.cosine > 1 - 1e-12:
+            gate = f"at ordinary prefixes it acts as {self.against}, at others a gate is closed"
+            return f"A depends on more than u, and there is no one h: {gate}."
         if self.generator is None:
-            switched = ""
-            if self.cosine > 1 - 1e-12:
-                switched = f"; at these prefixes it acts as {self.against}, at others a gate is closed"
-            return f"A depends on more than u: there is no one h{switched}."
+            return "A depends on more than u: there is no one h."
         if not self.falls:
             return "A(u) never falls: h is convex."
-        bound = ", and E_p[h] has no lower bound" if self.unbounded else ""
-        return f"A falls, and h bends down, for u {ranges_in_words(self.falls)}{bound}."
+        falls = f"A falls, and h bends down, for u {ranges_in_words(self.falls)}"
+        if self.unbounded:
+            return f"{falls}, and E_p[h] has no lower bound."
+        return f"{falls}."
 
     def _clipping(self) -> str:
-        between = range_in_words(*self.clip)
+        low, high = self.clip
+        between = range_in_words(low, high)
         if self.falls or not self.clipped_name:
             return f"A is clipped: it changes only for u {between}."
         return f"It is a clipped divergence: A is that of {self.clipped_name} for u {between}, and constant beyond."
@@ -141,7 +145,9 @@ class Verdict:
             ends = f"all meet at {center.numpy().round(3)}"
         else:
             ends = f"{int((self.ends.amax(1) > 0.99).sum())} end in a corner"
-        slowly = f", {self.slow} of them slowly (after 330 steps they are still approaching)" if self.slow else ""
+        slowly = ""
+        if self.slow:
+            slowly = f", {self.slow} of them slowly (after 330 steps they are still approaching)"
         return f"Of {len(STUDENTS)} students {self.arrive} reach the teacher{slowly}; {ends}."
 
     def _comparison(self) -> str:
@@ -209,14 +215,18 @@ def judge(advantage: Advantage, against: str = "reverse_kl") -> Verdict:
 
     size = given(log_p, log_q).abs().max().item()
     length = update(given, log_p, log_q).norm(dim=-1).max().item()
-    unit = 1.0 if length <= 1e-12 * size else length
+    unit = length
+    if length <= 1e-12 * size:  # the expected update is 0
+        unit = 1.0
 
     def A(log_p: Tensor, log_q: Tensor) -> Tensor:
         """Return the advantage in a unit in which the longest expected update is 1: a factor changes no verdict."""
         return given(log_p, log_q) / unit
 
     resolution = resolution_of(A, logits, log_q)
-    rounding = resolution if resolution > EXACT else 0.0
+    rounding = 0.0
+    if resolution > EXACT:
+        rounding = resolution
     step = max(1e-4, rounding ** (1 / 3))  # of the differences: the error of rounding / step + step² is least
     asymmetry = jacobian_asymmetry(jacobian(A, logits, log_q, step))
     measurable = max(1e-5, min(0.3, 30 * rounding / step))
@@ -418,10 +428,9 @@ def shape_of(of_log_u: OfLogU, rounding: float) -> Shape:
     log_u = grid_of_log_u()
     log_u = log_u[torch.isfinite(of_log_u(log_u))]
     values = of_log_u(log_u)
-    falls = falling_ranges(log_u, values, noise_of(of_log_u, log_u), rounding)
+    name = name_of_generator(log_u, values, rounding)
     bounds = None
     clipped_name = ""
-    name = name_of_generator(log_u, values, rounding)
     if not name and not rounding:
         bounds = clipping_bounds(log_u, values)
     if bounds is not None:
@@ -432,7 +441,7 @@ def shape_of(of_log_u: OfLogU, rounding: float) -> Shape:
         name=name,
         clip=bounds,
         clipped_name=clipped_name,
-        falls=falls,
+        falls=falling_ranges(log_u, values, noise_of(of_log_u, log_u)),
         flat=flat_range(log_u, values),
         unbounded=has_no_lower_bound(of_log_u),
     )
@@ -465,7 +474,7 @@ def size_near_one(log_u: Tensor, values: Tensor) -> float:
     return (near.max() - near.min()).item()
 
 
-def falling_ranges(log_u: Tensor, values: Tensor, noise: Tensor, rounding: float) -> list[tuple[float, float]]:
+def falling_ranges(log_u: Tensor, values: Tensor, noise: Tensor) -> list[tuple[float, float]]:
     """Return the ranges of u in which A falls by more than rounding explains.
 
     A range that reaches the end of log_u ends at u = 0 or inf; so does one that fades out on the way there.
@@ -473,7 +482,7 @@ def falling_ranges(log_u: Tensor, values: Tensor, noise: Tensor, rounding: float
     steps = values.diff()
     local = torch.maximum(values.abs()[:-1], values.abs()[1:])
     tremor = torch.maximum(noise[:-1], noise[1:])
-    tolerance = 1e-9 * local + 10 * tremor + (1e-13 + 4 * rounding) * size_near_one(log_u, values)
+    tolerance = 1e-9 * local + 1e-13 * size_near_one(log_u, values) + 10 * tremor
     falls = (steps < -tolerance).tolist()
     flat = (steps.abs() <= tolerance).tolist()
 
@@ -575,10 +584,8 @@ def has_kink(outermost: Tensor, within: Tensor, steepest: Tensor) -> bool:
 def flat_range(log_u: Tensor, values: Tensor) -> tuple[float, float] | None:
     """Return the u between which A is what it is at u = 1, if they lie on both sides of it; else None."""
     other = values != 0
-    below = log_u[other & (log_u < 0)]
-    above = log_u[other & (log_u > 0)]
-    low = below.max().item() if below.numel() else -math.inf
-    high = above.min().item() if above.numel() else math.inf
+    low = torch.where(other & (log_u < 0), log_u, -math.inf).max().item()
+    high = torch.where(other & (log_u > 0), log_u, math.inf).min().item()
     if low > -0.02 or high < 0.02:  # where the points of the grid lie too near to 1 to tell
         return None
     return math.exp(low), math.exp(high)
