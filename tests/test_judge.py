@@ -377,6 +377,15 @@ def test_low_precision_is_told_apart_from_a_wrong_advantage(name, A, coarser_tha
     assert bool(verdict.wrong) == (coarser_than > 1e-6)  # float32 is no fault
 
 
+@pytest.mark.parametrize("dtype, steps", [(torch.float32, 0.02), (torch.float16, 0.1), (torch.bfloat16, 0.5)])
+def test_a_fall_is_told_from_rounding_in_low_precision(dtype, steps):
+    """JSD's −f falls for u > 1; in bfloat16 it trembles everywhere else, and the edge is found to half a nat."""
+    verdict = judge(lambda p, q: divergences.get("jsd").reward((q - p).to(dtype)))
+    ((low, high),) = verdict.falls
+    assert abs(math.log(low)) < steps and high > 1e3
+    assert verdict.gradient and verdict.arrive == 0
+
+
 def test_few_values_are_not_low_precision():
     for A in (REVERSE, lambda p, q: (q - p).sign(), lambda p, q: (q - p).clamp(-0.1, 0.1), TOP_2):
         assert "low precision" not in str(judge(A))
@@ -397,6 +406,7 @@ def test_slow_is_not_wrong():
         assert verdict.arrive == 55 and verdict.slow > 40 and verdict.wrong == ""
         assert "still approaching" in str(verdict)
     assert judge(REVERSE).slow == 0
+    assert judge(lambda p, q: (q - p).clamp(max=6).exp().exp()).arrive == 55  # e^u, to 1e175
 
 
 @pytest.mark.parametrize("factor", [1e-10, 1e10, 1e-100])
@@ -416,6 +426,7 @@ def whitened(log_p, log_q):
     "A, reason",
     [
         (whitened, "at one prefix it depends on the other prefixes of the batch"),
+        (lambda p, q: q - p + torch.rand_like(p), "or on chance"),
         (lambda p, q: (q - p) - (q - p).mean(0), "at one prefix it depends on the other prefixes of the batch"),
         (lambda p, q: (q - p) / (q - p).abs(), "0/0 in A at u = 1"),
         (lambda p, q: -((q - p) ** 3) / (q - p), "0/0 in A at u = 1"),
@@ -446,6 +457,14 @@ def test_what_is_flat_on_both_sides_of_one_rests_short_of_the_teacher():
     assert verdict.gradient and verdict.falls == [] and verdict.arrive < 55
     assert verdict.flat == pytest.approx((1 / math.e, math.e), rel=0.01) and "students rest there" in verdict.wrong
     assert judge(REVERSE).flat is None and judge(lambda p, q: (q - p) ** 9).flat is None
+
+
+def test_a_fall_that_fades_goes_on_and_one_that_ends_does_not():
+    """−tanh² x falls for all x > 0, to −1 in float64; a ramp ends; and what falls from 1 on is flat before."""
+    ramp = lambda x: -x.clamp(0, 2)
+    for A, edges in ((lambda x: -(x.tanh() ** 2), (1, math.inf)), (ramp, (1, math.exp(2)))):
+        assert judge(lambda p, q, A=A: A(q - p)).falls == [pytest.approx(edges, rel=0.02)]
+    assert judge(lambda p, q: -(torch.relu((q - p).exp() - 1) ** 2)).falls == [pytest.approx((1, math.inf), rel=0.02)]
 
 
 def test_many_ranges_are_told_briefly():

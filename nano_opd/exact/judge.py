@@ -301,7 +301,7 @@ def require_one_prefix_to_be_enough(A: Advantage, log_p: Tensor, log_q: Tensor) 
         if not difference <= 1e-3 * together[row].abs().max():
             raise ValueError(
                 "A cannot be judged: at one prefix it depends on the other prefixes of the batch (as whitening over a "
-                "batch does), so that one prefix has no expected update of its own"
+                "batch does) or on chance, so that one prefix has no expected update of its own"
             )
     likely = "0/0 in A at u = 1: put in its limit there, as log_u.sign() for log_u / log_u.abs()"
     require_finite("expected update of a student that is the teacher", update(A, log_q, log_q), likely)
@@ -427,6 +427,7 @@ def shape_of(of_log_u: OfLogU, rounding: float) -> Shape:
     """Return the Shape of A(u) − A(1), given as a function of log u."""
     log_u = grid_of_log_u()
     log_u = log_u[torch.isfinite(of_log_u(log_u))]
+    coarse = log_u[:: max(1, round(2500 * rounding))]  # points farther apart than rounding moves them
     values = of_log_u(log_u)
     name = name_of_generator(log_u, values, rounding)
     bounds = None
@@ -441,7 +442,7 @@ def shape_of(of_log_u: OfLogU, rounding: float) -> Shape:
         name=name,
         clip=bounds,
         clipped_name=clipped_name,
-        falls=falling_ranges(log_u, values, noise_of(of_log_u, log_u)),
+        falls=falling_ranges(coarse, of_log_u(coarse), noise_of(of_log_u, coarse), rounding),
         flat=flat_range(log_u, values),
         unbounded=has_no_lower_bound(of_log_u),
     )
@@ -474,7 +475,7 @@ def size_near_one(log_u: Tensor, values: Tensor) -> float:
     return (near.max() - near.min()).item()
 
 
-def falling_ranges(log_u: Tensor, values: Tensor, noise: Tensor) -> list[tuple[float, float]]:
+def falling_ranges(log_u: Tensor, values: Tensor, noise: Tensor, rounding: float) -> list[tuple[float, float]]:
     """Return the ranges of u in which A falls by more than rounding explains.
 
     A range that reaches the end of log_u ends at u = 0 or inf; so does one that fades out on the way there.
@@ -482,9 +483,13 @@ def falling_ranges(log_u: Tensor, values: Tensor, noise: Tensor) -> list[tuple[f
     steps = values.diff()
     local = torch.maximum(values.abs()[:-1], values.abs()[1:])
     tremor = torch.maximum(noise[:-1], noise[1:])
-    tolerance = 1e-9 * local + 1e-13 * size_near_one(log_u, values) + 10 * tremor
+    smallest = 1e-9 * local + 1e-13 * size_near_one(log_u, values)
+    tolerance = smallest + 8 * rounding * local + 10 * tremor
     falls = (steps < -tolerance).tolist()
     flat = (steps.abs() <= tolerance).tolist()
+    fades = (steps.abs() <= 10 * smallest).tolist()  # with more digits it would be seen to fall farther out
+    fades[0] = True
+    fades[-1] = True
 
     ranges = []
     first = 0
@@ -495,14 +500,11 @@ def falling_ranges(log_u: Tensor, values: Tensor, noise: Tensor) -> list[tuple[f
         last = first
         while last + 1 < len(falls) and falls[last + 1]:
             last += 1
-        fall = -steps[first : last + 1]
         low = math.exp(log_u[first])
         high = math.exp(log_u[last + 1])
-        fades_below = fall[0] < 1e-6 * fall.max() and all(flat[:first])
-        fades_above = fall[-1] < 1e-6 * fall.max() and all(flat[last + 1 :])
-        if first == 0 or fades_below:
+        if all(flat[:first]) and fades[first]:
             low = 0.0
-        if last == len(falls) - 1 or fades_above:
+        if all(flat[last + 1 :]) and fades[last]:
             high = math.inf
         ranges.append((low, high))
         first = last + 1
@@ -616,7 +618,9 @@ def endpoints(A: Advantage) -> tuple[Tensor, int]:
     """
     log_q = TEACHER.log()
     length = update(A, STUDENTS.log(), log_q).norm(dim=-1).mean().item()
-    brisk = faster(A, 0.6 / max(length, 1e-9))
+    size = A(STUDENTS.log(), log_q).abs().max().item()
+    length = max(length, 1e-9 * size, 1e-300)  # an update of 0, which is all rounding, stays small
+    brisk = faster(A, 0.6 / length)
     ends = paths(brisk, STUDENTS.log(), log_q, steps=250, size=0.3)[-1]
     ends = paths(brisk, ends.log(), log_q, steps=80, size=0.02)[-1]  # where A jumps, only small steps arrive
 
@@ -624,7 +628,7 @@ def endpoints(A: Advantage) -> tuple[Tensor, int]:
     on_the_way = moving & ~is_near_teacher(ends)
     if not on_the_way.any():
         return ends, 0
-    one_length = faster(A, 1e12 / max(length, 1e-9))  # so that every step is cut to its size
+    one_length = faster(A, 1e12 / length)  # so that every step is cut to its size
     farther = paths(one_length, ends[on_the_way].log(), log_q, steps=200, size=0.02)[-1]
     farther = paths(one_length, farther.log(), log_q, steps=50, size=0.004)[-1]
     arrived = is_near_teacher(farther)
