@@ -428,6 +428,9 @@ def shape_of(of_log_u: OfLogU, rounding: float) -> Shape:
     log_u = grid_of_log_u()
     log_u = log_u[torch.isfinite(of_log_u(log_u))]
     coarse = log_u[:: max(1, round(2500 * rounding))]  # points farther apart than rounding moves them
+    noise = noise_of(of_log_u, coarse)
+    if rounding > 1e-5:
+        noise = torch.zeros_like(noise)  # it would be that of rounding, which is counted already
     values = of_log_u(log_u)
     name = name_of_generator(log_u, values, rounding)
     bounds = None
@@ -442,7 +445,7 @@ def shape_of(of_log_u: OfLogU, rounding: float) -> Shape:
         name=name,
         clip=bounds,
         clipped_name=clipped_name,
-        falls=falling_ranges(coarse, of_log_u(coarse), noise_of(of_log_u, coarse), rounding),
+        falls=falling_ranges(coarse, of_log_u(coarse), noise, rounding),
         flat=flat_range(log_u, values),
         unbounded=has_no_lower_bound(of_log_u),
     )
@@ -484,7 +487,8 @@ def falling_ranges(log_u: Tensor, values: Tensor, noise: Tensor, rounding: float
     local = torch.maximum(values.abs()[:-1], values.abs()[1:])
     tremor = torch.maximum(noise[:-1], noise[1:])
     smallest = 1e-9 * local + 1e-13 * size_near_one(log_u, values)
-    tolerance = smallest + 8 * rounding * local + 10 * tremor
+    by_rounding = 8 * rounding * local + 1e-3 * rounding * size_near_one(log_u, values)
+    tolerance = smallest + by_rounding + 10 * tremor
     falls = (steps < -tolerance).tolist()
     flat = (steps.abs() <= tolerance).tolist()
     fades = (steps.abs() <= 10 * smallest).tolist()  # with more digits it would be seen to fall farther out

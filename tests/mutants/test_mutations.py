@@ -390,7 +390,7 @@ MUTATIONS = {
         ("if self.generator is not None:", "if False:", "judge: jumps"),
         ("(1e-11 + 16 * rounding)", "1e-11", "judge: low_precision"),
         ("+ 10 * tremor", "", "judge: loses_its_digits"),
-        ("8 * rounding * local", "0", "judge: from_rounding"),
+        ("smallest + by_rounding", "smallest", "judge: from_rounding"),
         ("and fades[last]:", "and False:", "judge: that_fades"),
         ("if not difference <= 1e-3", "if difference < 0", "judge: refused_in_one"),
         ("torch.where(arrived[:, None], farther, ends[on_the_way])", "ends[on_the_way]", "judge: slow"),
