@@ -361,26 +361,39 @@ def loop_work(A: Advantage, corners: Tensor, log_q: Tensor) -> float:
     return (work.sum(1).abs() / work.abs().sum(1).clamp(min=1e-9)).max().item()
 
 
+# Prefixes in which two tokens with given u stand: the larger of p and q at the first and at the second token, and the
+# share of a third token in what is left of p, and of q. A fourth token has the rest.
+PREFIXES = [
+    (0.25, 0.25, 0.5, 0.5),
+    (0.02, 0.03, 0.3, 0.6),
+    (0.01, 0.2, 0.8, 0.2),
+    (0.3, 0.01, 0.1, 0.4),
+    (1e-3, 2e-3, 0.999, 0.5),
+    (1e-4, 2e-4, 0.9999, 0.7),
+    (0.9, 0.05, 0.5, 0.5),
+    (0.98, 1e-3, 0.5, 0.3),
+    (0.9995, 1e-4, 0.5, 0.9),
+    (0.45, 0.45, 0.2, 0.5),
+    (0.1, 0.05, 0.98, 0.5),
+    (0.1, 0.05, 0.5, 0.99),
+]
+
+
 def depends_on_u_alone(A: Advantage, rounding: float) -> bool:
     """Return whether A is a function of u and of a term that all tokens of a prefix share.
 
-    Two tokens with given u stand in 12 prefixes, each time with other probabilities and beside other tokens. The
+    Two tokens with given u stand in the PREFIXES, each time with other probabilities and beside other tokens. The
     difference of their A must stay. So a factor, a gate or a term c log p is found, and a baseline is allowed.
     """
     rng = torch.Generator().manual_seed(2)
     log_u = 2 * torch.randn(64, 1, 2, dtype=torch.float64, generator=rng)
-    # The larger of p and q at the two tokens, and how the rest of p and of q is shared between two more tokens.
-    scale = [[0.25, 0.25], [0.02, 0.03], [0.01, 0.2], [0.3, 0.01], [1e-3, 2e-3], [1e-4, 2e-4]]
-    scale += [[0.9, 0.05], [0.98, 0.001], [0.9995, 1e-4], [0.45, 0.45], [0.1, 0.05], [0.1, 0.05]]
-    share_of_p = [0.5, 0.3, 0.8, 0.1, 0.999, 0.9999, 0.5, 0.5, 0.5, 0.2, 0.98, 0.5]
-    share_of_q = [0.5, 0.6, 0.2, 0.4, 0.5, 0.7, 0.5, 0.3, 0.9, 0.5, 0.5, 0.99]
-    scale = torch.tensor(scale, dtype=torch.float64)
+    scale, share_of_p, share_of_q = torch.tensor(PREFIXES, dtype=torch.float64).split([2, 1, 1], dim=-1)
     p = scale * exp(-log_u.clamp(min=0))
     q = scale * exp(log_u.clamp(max=0))
-    log_p = completed(p, torch.tensor(share_of_p, dtype=torch.float64)).log()
-    log_q = completed(q, torch.tensor(share_of_q, dtype=torch.float64)).log()
+    log_p = completed(p, share_of_p[:, 0]).log()
+    log_q = completed(q, share_of_q[:, 0]).log()
     values = A(log_p, log_q)
-    differences = values[..., 0] - values[..., 1]  # (64 pairs of u, 12 prefixes)
+    differences = values[..., 0] - values[..., 1]  # (64 pairs of u, PREFIXES)
     spread = differences.amax(1) - differences.amin(1)
     size = differences.abs().amax(1)
     tolerance = 1e-9 * size + (1e-11 + 16 * rounding) * size.median()
